@@ -1,0 +1,5 @@
+"""`python -m gpt2` is the command `gpt2`."""
+
+from gpt2.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The checkpoint directory: write, verify, read, keep."""

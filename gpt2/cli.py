@@ -1,0 +1,86 @@
+"""The command line: finds the verb, turns what goes wrong into one line and an exit code.
+
+The verbs' options and work are in commands.py, which is imported only when one is called:
+`gpt2 --help` loads nothing.
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from gpt2.errors import RequestError, WorkError
+
+VERBS = {
+    "demo": "prepare, train, evaluate and sample a small GPT-2 on the embedded corpus",
+    "prepare": "text into token shards",
+    "train": "train a GPT-2, or go on with a run",
+    "eval": "loss, perplexity and bits per byte of a model on prepared data",
+    "sample": "continue a prompt",
+    "doctor": "what this machine has, what is missing and how to mend it",
+}
+# Codes 128 + n are for what a signal ended, as shells have it.
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; gives its exit code (0 done, 1 failed, 2 wrong request, 128 + n stopped by signal n)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(argv)
+    except RequestError as error:
+        return _complain(error, WRONG_REQUEST)
+    except WorkError as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        print("gpt2: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left (`gpt2 sample … | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return DONE if argv else WRONG_REQUEST
+    if argv[0] == "--version":
+        from gpt2 import __version__
+
+        print(f"gpt2 {__version__}")
+        return DONE
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        raise RequestError(f"there is no command {verb!r}: {f'did you mean {close[0]}?' if close else 'see gpt2 --help'}")
+    from gpt2 import commands
+
+    outcome = commands.run(verb, rest)
+    if outcome.as_json:
+        print(json.dumps(outcome.result, ensure_ascii=False))
+    sys.stdout.flush()
+    return outcome.code
+
+
+def help_text() -> str:
+    """The verbs, a line each."""
+    lines = [f"  {verb:<10} {line}" for verb, line in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: gpt2 VERB [options]      (gpt2 VERB --help shows every option)",
+            "",
+            "GPT-2 from raw text to a trained model.",
+            "",
+            *lines,
+            "",
+            "Exit codes: 0 done, 1 failed, 2 wrong request, 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1.",
+        ]
+    )
+
+
+def _complain(error: Exception, code: int) -> int:
+    if os.environ.get("GPT2_DEBUG") == "1":
+        raise error
+    print(f"gpt2: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,75 @@
+"""Files that are either whole or absent: directories that appear in one rename, hashes, JSON."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import RequestError, WorkError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex, read in blocks so that memory stays flat."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented UTF-8 JSON; numbers keep their full precision, NaN is refused (ValueError)."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync of one file or directory. A directory's own entry must be flushed too for a rename to last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary directory beside `path`; on success flushes it and renames it to `path`.
+
+    Killed at any moment, either `path` is whole or it does not exist (a `.tmp-*` directory may stay,
+    which no reader looks at). On an exception the temporary directory is removed.
+
+    Raises RequestError where `path` exists and is not empty or its parent cannot be written,
+    WorkError where the disk is full.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RequestError(f"{path} exists already: remove it or name another directory")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
+    except OSError as error:
+        raise RequestError(f"cannot write in {path.parent}: {error.strerror}; name another directory") from error
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        for directory, _, names in os.walk(temporary):
+            for name in names:
+                flush_to_disk(Path(directory, name))
+            flush_to_disk(Path(directory))
+        os.rename(temporary, path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise WorkError(f"cannot write {path}: {error.strerror}; free space or name another directory") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask (mkdtemp makes 0700, a result directory should be as any other)."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
