@@ -53,7 +53,9 @@ def _run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
-        raise RequestError(f"there is no command {verb!r}: {f'did you mean {close[0]}?' if close else 'see gpt2 --help'}")
+        raise RequestError(
+            f"there is no command {verb!r}: {f'did you mean {close[0]}?' if close else 'see gpt2 --help'}"
+        )
     from gpt2 import commands
 
     outcome = commands.run(verb, rest)

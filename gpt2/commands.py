@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from gpt2.cli import DONE, FAILED, VERBS
+from gpt2.cli import DONE, VERBS
 from gpt2.config import (
     CheckpointConfig,
     Config,
@@ -69,9 +69,7 @@ def prepare(argv: Sequence[str]) -> Outcome:
     args = parse(Prepare, argv, "prepare")
     from gpt2.data.prepare import prepare as prepare_data
 
-    summary = prepare_data(
-        args.source, args.out, args.tokenizer, args.val_fraction, args.shard_tokens, args.processes
-    )
+    summary = prepare_data(args.source, args.out, args.tokenizer, args.val_fraction, args.shard_tokens, args.processes)
     result = summary.to_dict()
     _print(
         f"{args.out}: {result['documents']:,} documents, {result['bytes']:,} bytes, {result['tokens']:,} tokens "
@@ -159,7 +157,9 @@ def train(argv: Sequence[str]) -> Outcome:
 
 def _config_of(run: Path) -> Path:
     if not (run / "config.toml").is_file():
-        raise RequestError(f"{run} is no run (it has no config.toml): start one with gpt2 train --data DATA --out {run}")
+        raise RequestError(
+            f"{run} is no run (it has no config.toml): start one with gpt2 train --data DATA --out {run}"
+        )
     return run / "config.toml"
 
 
@@ -201,7 +201,8 @@ def evaluate(argv: Sequence[str]) -> Outcome:
     result = evaluate_model_loss(engine.model, engine.tokenizer, dataset, args.split, args.batch, args.windows)
     _print(
         f"{args.model} on {args.data} ({args.split}): loss {result.loss:.4f} nats a token, perplexity "
-        f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens, {result.seconds:.1f} s)"
+        f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte "
+        f"({result.tokens:,} tokens, {result.seconds:.1f} s)"
     )
     return Outcome({"task": "loss", **result.to_dict()}, args.json)
 
@@ -251,7 +252,7 @@ def sample(argv: Sequence[str]) -> Outcome:
         "seed": args.seed,
     }
     if args.n == 1:
-        pieces = []
+        pieces: list[str] = []
         for piece in engine.stream(args.prompt, **options):
             if not pieces:
                 print(args.prompt, end="", flush=True)
@@ -306,8 +307,7 @@ def doctor(argv: Sequence[str]) -> Outcome:
 
     found = checks.diagnose()
     checks.print_report(found)
-    healthy = all(check.ok is not False for check in found)
-    return Outcome(checks.to_dict(found), args.json, DONE if healthy else FAILED)
+    return Outcome(checks.to_dict(found), args.json, checks.exit_code(found))
 
 
 _FUNCTIONS: dict[str, Callable[[Sequence[str]], Outcome]] = {

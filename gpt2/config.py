@@ -226,7 +226,9 @@ class Config:
             return windows // at_once
         fitting = [m for m in range(1, windows + 1) if windows % (m * world_size) == 0]
         if not fitting:
-            raise RequestError(f"{windows} windows a step cannot be shared by {world_size} processes: change the number")
+            raise RequestError(
+                f"{windows} windows a step cannot be shared by {world_size} processes: change the number"
+            )
         nearest = sorted(sorted(fitting, key=lambda m: abs(m - self.train.micro_batch))[:2])
         raise RequestError(
             f"train.micro_batch = {self.train.micro_batch} x {world_size} process(es) does not divide the "
@@ -267,7 +269,7 @@ def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
             raise RequestError(f"[{section}] must be a table of fields, not {fields!r}")
         old = getattr(base, section)
         hints = get_type_hints(type(old))
-        for name, value in fields.items():
+        for name, _value in fields.items():
             if name not in hints:
                 raise RequestError(f"there is no field {section}.{name}{_closest(name, hints, section + '.')}")
         changed = {name: _typed(f"{section}.{name}", value, hints[name]) for name, value in fields.items()}

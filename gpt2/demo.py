@@ -17,7 +17,11 @@ from gpt2.training.metrics import read_metrics
 from gpt2.training.run import start_run
 
 CORPUS = "sotu"
-PROMPTS = ("Fellow citizens of the Senate and House of Representatives:", "The American people", "Our relations with")
+PROMPTS = (
+    "Fellow citizens of the Senate and House of Representatives:",
+    "The American people",
+    "Our relations with",
+)
 SAMPLE_TOKENS = 80
 
 
@@ -55,7 +59,11 @@ def demo(out: Path, minutes: float, say: Callable[[str], None]) -> dict[str, Any
     say(f"3. held-out speeches: {result['val_loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
 
     picture = out / "loss.png"
-    plot_loss(read_metrics(run.path), picture, f"GPT-2 on presidential addresses, {minutes:g} minutes on {run.distributed.device}")
+    plot_loss(
+        read_metrics(run.path),
+        picture,
+        f"GPT-2 on presidential addresses, {minutes:g} minutes on {run.distributed.device}",
+    )
     say(f"4. the loss, drawn -> {picture}")
 
     say("5. three completions")

@@ -52,7 +52,7 @@ def find_device(name: str = "auto") -> torch.device:
 def multiplies_bf16_fast(device: torch.device) -> bool:
     """Whether the device has bfloat16 matmul instructions. Without them bf16 is emulated, up to 100 times slower."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return False

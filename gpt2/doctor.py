@@ -117,9 +117,7 @@ def print_report(checks: Sequence[Check], console: Console | None = None) -> Non
         table.add_row(f"[{style}]{mark}[/]" if style else mark, check.name, _plain(check))
     console.print(table)
     missing = [check.name for check in checks if check.ok is False]
-    console.print(
-        f"Missing: {', '.join(missing)}." if missing else "Nothing required is missing.", markup=False
-    )
+    console.print(f"Missing: {', '.join(missing)}." if missing else "Nothing required is missing.", markup=False)
 
 
 def _plain(check: Check) -> str:
@@ -166,16 +164,13 @@ def _check_packages() -> Check:
 
 
 def _check_device(torch: ModuleType) -> Check:
-    with warnings.catch_warnings(
-        record=True
-    ) as caught:  # torch warns where the driver is older than its CUDA
+    with warnings.catch_warnings(record=True) as caught:  # torch warns where the driver is older than its CUDA
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()
     if cuda:
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         named = "; ".join(
-            f"{card.name}, {_gib(card.total_memory)}, compute capability {card.major}.{card.minor}"
-            for card in cards
+            f"{card.name}, {_gib(card.total_memory)}, compute capability {card.major}.{card.minor}" for card in cards
         )
         return Check("device", f"cuda: {named}", True)
     found = "mps: Apple GPU" if torch.backends.mps.is_available() else f"cpu: {cpu_name()}"
@@ -205,9 +200,7 @@ def _check_memory() -> Check:
         return Check("memory", "unknown", None)
     found = _gib(total) + (f", {_gib(available)} available" if available is not None else "")
     short = (total if available is None else available) < LEAST_MEMORY
-    mend = (
-        f"under {_gib(LEAST_MEMORY)}: end other programs, or take a small train.micro_batch" if short else ""
-    )
+    mend = f"under {_gib(LEAST_MEMORY)}: end other programs, or take a small train.micro_batch" if short else ""
     return Check("memory", found, None, mend)
 
 
@@ -275,11 +268,7 @@ def _check_flash_attention(torch: ModuleType) -> Check:
             warnings.simplefilter("ignore")  # torch explains a missing kernel in warnings
             torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
     except RuntimeError:
-        mend = (
-            "needs compute capability 8.0; attention falls back to another fused kernel"
-            if device == "cuda"
-            else ""
-        )
+        mend = "needs compute capability 8.0; attention falls back to another fused kernel" if device == "cuda" else ""
         return Check("flash attention", f"not on this {device}", None, mend)
     return Check("flash attention", f"in scaled_dot_product_attention on {device}", True)
 
@@ -290,9 +279,7 @@ def _check_processes(torch: ModuleType) -> Check:
         return Check("processes", "torch.distributed is not in this build: one process only", None)
     backends = [name for name in ("gloo", "nccl", "mpi") if getattr(distributed, f"is_{name}_available")()]
     beside = Path(sys.executable).with_name("torchrun")
-    torchrun = (
-        "torchrun" if beside.exists() or shutil.which("torchrun") else "python -m torch.distributed.run"
-    )
+    torchrun = "torchrun" if beside.exists() or shutil.which("torchrun") else "python -m torch.distributed.run"
     return Check("processes", f"{torchrun} with {', '.join(backends) or 'no backend'}", None)
 
 

@@ -46,7 +46,7 @@ def to_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
 
 
 def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
-    """Hugging Face's tensors as our state_dict, in float32. OpenAI's own file is read as well (no prefix, mask buffers).
+    """Hugging Face's tensors, or OpenAI's own (no prefix, mask buffers), as our state_dict in float32.
 
     Raises RequestError for a tensor that is missing, unknown or of another shape, and where a stored
     lm_head is not the wte that the config says it is tied to.
@@ -70,17 +70,22 @@ def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tenso
     if config.tie_embeddings:
         head = given.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head.float(), result["wte.weight"][: config.vocab_size]):
-            raise RequestError("lm_head.weight differs from wte.weight: a GPT-2 with an untied head says so in config.json")
+            raise RequestError(
+                "lm_head.weight differs from wte.weight: a GPT-2 with an untied head says so in config.json"
+            )
         result["lm_head.weight"] = result["wte.weight"]
     if given:
-        raise RequestError(f"the tensor {min(given)} is not one of GPT-2's: the file is of another network")
+        raise RequestError(f"the tensor {min(given)} is not of GPT-2: the file is of another network")
     return result
 
 
 def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face's tensors (without their prefix) and shapes; a tied lm_head is not stored."""
     C = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (config.vocab_size, C), "wpe.weight": (config.n_ctx, C)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.vocab_size, C),
+        "wpe.weight": (config.n_ctx, C),
+    }
     for layer in range(config.n_layer):
         for name, shape in {
             "ln_1.weight": (C,),
@@ -159,7 +164,7 @@ def read_pretrained(path_or_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor
     directory = local_directory(path_or_id)
     config = read_config(directory)
     try:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for file in _weight_files(directory):
             tensors |= load_file(file)
         return config, from_hf(tensors, config)
@@ -184,7 +189,9 @@ def local_directory(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise RequestError(f"{path} holds no config.json: name a run, a checkpoint or a Hugging Face GPT-2 directory")
+            raise RequestError(
+                f"{path} holds no config.json: name a run, a checkpoint or a Hugging Face GPT-2 directory"
+            )
         return path
     if path.exists() or str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/", "~")):
         raise RequestError(f"there is no directory {path}: name a run, a checkpoint or a Hugging Face GPT-2 model")
@@ -210,6 +217,8 @@ def _weight_files(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if not single.is_file():
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
-        mend = "it holds pickle only, which is never opened; convert it to safetensors" if pickled else "nothing to read"
+        mend = (
+            "it holds pickle only, which is never opened; convert it to safetensors" if pickled else "nothing to read"
+        )
         raise RequestError(f"model.safetensors is missing: {mend}")
     return [single]

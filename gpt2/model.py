@@ -1,5 +1,7 @@
 """The network: GPT-2 (Radford et al. 2019), a decoder-only transformer with pre-norm blocks.
 
+A batch's way through it, and the letters of the shape comments:
+
     idx (B, T) ── wte + wpe ── h.0 ── h.1 ── … ── ln_f ── lm_head ── logits (B, T, vocab_size)
 
     B   sequences in the batch           C   n_embd, width of the residual stream
@@ -175,9 +177,9 @@ class GPT(nn.Module):
         """
         config = self.config
         residual_std = 0.02 / math.sqrt(2 * config.n_layer) if config.scale_residual_init else 0.02
-        for embedding in [self.wte] if config.tie_embeddings else [self.wte, self.lm_head]:
-            embedding.weight[: config.vocab_size].normal_(0.0, 0.02)
-            embedding.weight[config.vocab_size :].zero_()
+        for weight in [self.wte.weight] if config.tie_embeddings else [self.wte.weight, self.lm_head.weight]:
+            weight[: config.vocab_size].normal_(0.0, 0.02)
+            weight[config.vocab_size :].zero_()
         self.wpe.weight.normal_(0.0, 0.01)
         for name, module in self.h.named_modules():
             if isinstance(module, nn.Linear):

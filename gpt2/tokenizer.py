@@ -9,6 +9,7 @@ tiktoken encodes and decodes. On the disk a tokenizer is Hugging Face's tokenize
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,7 +80,8 @@ class Tokenizer:
 
         A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
         """
-        return self.encode_numpy(text).tolist()
+        ids: list[int] = self.encode_numpy(text).tolist()
+        return ids
 
     def encode_numpy(self, text: str) -> np.ndarray:
         """The ids of a text as a (n,) array of uint16."""
@@ -111,7 +113,7 @@ class Tokenizer:
         """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers opens."""
         stand_in = bytes_to_unicode()
         spelled = {"".join(stand_in[b] for b in token): i for token, i in self.ranks.items()}
-        vocabulary = {token: i for token, i in sorted(spelled.items(), key=lambda item: item[1])} | {END_OF_TEXT: self.eot}
+        vocabulary = dict(sorted(spelled.items(), key=lambda item: item[1])) | {END_OF_TEXT: self.eot}
         merges = [["".join(stand_in[b] for b in part) for part in pair] for pair in self._merges]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         special = {"id": self.eot, "content": END_OF_TEXT, "special": True}
@@ -158,7 +160,7 @@ class Tokenizer:
 
     @cached_property
     def _merges(self) -> list[tuple[bytes, bytes]]:
-        """The pair that each token beyond the bytes is merged from: what its bytes become under the merges before it."""
+        """The pair that each longer token is merged from: what its bytes become under the merges before it."""
         pairs = []
         for token in self.token_bytes[:-1]:
             if len(token) > 1:
@@ -199,7 +201,9 @@ class Tokenizer:
         ranks = {bytes([i]): i for i in range(256)}
         ranks |= {token: 256 + i for i, token in enumerate(_merged_tokens(merges))}
         if len(ranks) + 1 < vocab_size:
-            raise RequestError(f"the text yields {len(ranks) + 1} tokens, fewer than {name}: use bpe:{len(ranks) + 1} or more text")
+            raise RequestError(
+                f"the text yields {len(ranks) + 1} tokens, fewer than {name}: use bpe:{len(ranks) + 1} or more text"
+            )
         return cls(name, ranks)
 
     @classmethod
@@ -210,7 +214,9 @@ class Tokenizer:
             if path.is_file():
                 model = json.loads(path.read_text(encoding="utf-8"))["model"]
                 if model.get("type", "BPE") != "BPE":
-                    raise RequestError(f"{path} is a {model['type']} tokenizer: only GPT-2's byte-level BPE can be read")
+                    raise RequestError(
+                        f"{path} is a {model['type']} tokenizer: only GPT-2's byte-level BPE can be read"
+                    )
                 vocabulary = dict(model["vocab"])
                 for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []):
                     vocabulary.setdefault(token["content"], token["id"])
@@ -267,7 +273,9 @@ def parse_tokenizer_name(name: str) -> str:
     if match is None:
         raise RequestError(f"there is no tokenizer {name!r}: use gpt2, bytes or bpe:N")
     if not 258 <= int(match[1]) <= MAX_VOCABULARY:
-        raise RequestError(f"the tokenizer {name} is out of range: N counts 256 bytes, end-of-text and at least one merge, 258 to {MAX_VOCABULARY}")
+        raise RequestError(
+            f"the tokenizer {name} is out of range: N counts bytes, end-of-text and merges, 258 to {MAX_VOCABULARY}"
+        )
     return "bpe"
 
 
@@ -294,7 +302,7 @@ def _merge_until(ranks: Mapping[bytes, int], token: bytes, rank: int) -> list[by
     """The parts of `token` after all merges below `rank`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while True:
-        found = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        found = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
         lowest, i = min(found, default=(rank, 0))
         if lowest >= rank:
             return parts

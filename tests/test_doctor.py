@@ -56,9 +56,7 @@ def test_to_dict_is_json(tmp_path):
 
 
 def test_report_shows_found_and_mend_as_plain_text():
-    text = printed(
-        [Check("disk", "1 GiB in /home/[red]x", False, "free [bold]space"), Check("cores", "2", None)]
-    )
+    text = printed([Check("disk", "1 GiB in /home/[red]x", False, "free [bold]space"), Check("cores", "2", None)])
     assert "/home/[red]x" in text
     assert "→ free [bold]space" in text
     assert "Missing: disk." in text

@@ -20,9 +20,7 @@ import gpt2
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
-EXTRAS = {
-    name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()
-}
+EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
 
 
 def pins() -> dict[str, Requirement]:
@@ -120,9 +118,7 @@ def test_bundled_merge_table_is_gpt2s():
 
 
 def test_import_gpt2_is_lazy():
-    loaded = run_python(
-        "import sys, gpt2; print(sorted({'torch', 'numpy', 'rich', 'matplotlib'} & set(sys.modules)))"
-    )
+    loaded = run_python("import sys, gpt2; print(sorted({'torch', 'numpy', 'rich', 'matplotlib'} & set(sys.modules)))")
     assert loaded == "[]"
 
 

@@ -79,7 +79,8 @@ def write_checkpoint(
         write_json(directory / "training" / "state.json", state.__dict__)
         files = sorted(file for file in directory.rglob("*") if file.is_file())
         sums = {
-            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files
+            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            for file in files
         }
         write_json(directory / CHECKSUMS, sums)
     return path

@@ -7,7 +7,7 @@ the epochs follow one another without a gap, also within a batch.
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import lru_cache
 
 import numpy as np
@@ -61,7 +61,7 @@ class BatchLoader:
 
 def prefetch(
     loader: BatchLoader, start: int, first: int = 0, count: int | None = None, depth: int = 2
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+) -> Generator[tuple[int, np.ndarray, np.ndarray], None, None]:
     """(step, x, y) for step = start, start + 1, … without end, read ahead by a thread of its own.
 
     Raises in the caller what reading raised. Closing the iterator ends the thread.

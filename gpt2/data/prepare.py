@@ -139,7 +139,9 @@ class Splitter:
                 yield "val", Piece(data[inside:].decode("utf-8", "surrogatepass"), True)
             else:
                 # The first piece behind the cut starts validation, also where its document started before.
-                yield ("train", piece) if inside > 0 else ("val", Piece(piece.text, piece.starts_document or inside == 0))
+                yield (
+                    ("train", piece) if inside > 0 else ("val", Piece(piece.text, piece.starts_document or inside == 0))
+                )
             place += len(data)
 
     def training_text(self, pieces: Iterable[Piece]) -> Iterator[str]:

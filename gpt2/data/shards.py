@@ -66,7 +66,9 @@ class Shard:
         return data
 
     def _damaged(self, what: str, expected: object, found: object) -> RequestError:
-        return RequestError(f"the shard {self.path} is damaged: {what} {found}, expected {expected}; prepare the data again")
+        return RequestError(
+            f"the shard {self.path} is damaged: {what} {found}, expected {expected}; prepare the data again"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,9 @@ class Dataset:
         """Raises RequestError where there is none of that name."""
         if not self.has_split(name):
             there = ", ".join(n for n in self.splits if self.has_split(n)) or "none"
-            raise RequestError(f"{self.path} has no split {name!r} (it has {there}): prepare it with a --val-fraction above 0")
+            raise RequestError(
+                f"{self.path} has no split {name!r} (it has {there}): prepare it with a --val-fraction above 0"
+            )
         return self.splits[name]
 
     @classmethod
@@ -141,7 +145,9 @@ class Dataset:
                 shards = tuple(Shard(path / file, tokens, sha256, vocab_size) for file, tokens, sha256 in entries)
                 splits[str(name)] = Split(shards, int(split["bytes"]), int(split["documents"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{facts_path} is damaged ({type(error).__name__}: {error}): prepare the data again") from error
+            raise RequestError(
+                f"{facts_path} is damaged ({type(error).__name__}: {error}): prepare the data again"
+            ) from error
         tokenizer = Tokenizer.load(path)
         if tokenizer.hash != expected or tokenizer.vocab_size != vocab_size:
             raise RequestError(

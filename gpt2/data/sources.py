@@ -40,7 +40,10 @@ def open_source(source: str) -> Iterable[Piece]:
         return _Walk([embedded_corpus()], None)
     if source.startswith("hf:"):
         return _Hub(source.removeprefix("hf:"))
-    return _Walk([Path(source)] if not has_magic(source) else [Path(p) for p in sorted(glob(source, recursive=True))], source)
+    return _Walk(
+        [Path(source)] if not has_magic(source) else [Path(p) for p in sorted(glob(source, recursive=True))],
+        source,
+    )
 
 
 def embedded_corpus() -> Path:

@@ -75,7 +75,9 @@ def evaluate_loss(
     """
     started = time.perf_counter()
     total = split.tokens - 1 if windows == 0 else min(windows * context, split.tokens - 1)
-    lengths = np.array([len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)])
+    lengths = np.array(
+        [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
+    )
     nats, text_bytes = 0.0, 0
     for start in range(0, total, batch * context):
         stop = min(start + batch * context, total)
@@ -105,8 +107,7 @@ def evaluate_model_loss(
         )
 
     def mean_loss(idx: Tensor, targets: Tensor) -> Tensor:
-        loss = model(idx, targets)[1]
-        assert loss is not None
+        loss: Tensor = model(idx, targets)[1]
         return loss
 
     model.eval()

@@ -1,6 +1,6 @@
 """Generation: a prompt in, text out as it comes. Knows nothing of terminals or HTTP.
 
-    prompt ─ ids ─ prefill: one pass over the prompt ─ decode: one pass a token, over the cache ─ text
+prompt ─ ids ─ prefill: one pass over the prompt ─ decode: one pass a token, over the cache ─ text
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,8 @@ class Engine:
         """use_cache=False computes every position again for every token: slow, and the cache's oracle."""
         if model.config.vocab_size != tokenizer.vocab_size:
             raise RequestError(
-                f"the model has {model.config.vocab_size} tokens, its tokenizer {tokenizer.vocab_size}: they do not belong together"
+                f"the model has {model.config.vocab_size} tokens, its tokenizer "
+                f"{tokenizer.vocab_size}: they do not belong together"
             )
         self.model, self.tokenizer, self.use_cache = model.eval(), tokenizer, use_cache
 
@@ -126,7 +127,8 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(vocab_size,) logits of the token after `ids`, without a cache."""
         idx = torch.tensor([list(ids)], device=self._device)  # (1, T)
-        return self.model(idx)[0][0, -1]  # type: ignore[no-any-return]
+        logits: Tensor = self.model(idx)[0]  # (1, T, vocab_size)
+        return logits[0, -1]
 
     @property
     def _device(self) -> torch.device:
@@ -135,7 +137,9 @@ class Engine:
     def _ids(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]
         if len(ids) > self.model.config.n_ctx:
-            raise RequestError(f"the prompt has {len(ids)} tokens, the model's context {self.model.config.n_ctx}: shorten it")
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, the model's context {self.model.config.n_ctx}: shorten it"
+            )
         return ids
 
     def _sequences(self, n: int, stop: str | Sequence[str] | None, seed: int | None) -> list[_Sequence]:
@@ -200,7 +204,8 @@ class _PlainForward:
         """(n, vocab_size)"""
         rows = [window(history, self.model.config.n_ctx) for history in histories]
         idx = torch.tensor(rows, device=self.model.wte.weight.device)  # (n, T)
-        return self.model(idx)[0][:, -1]  # type: ignore[no-any-return]
+        logits: Tensor = self.model(idx)[0]  # (n, T, vocab_size)
+        return logits[:, -1]
 
 
 class _CachedForward:
@@ -228,9 +233,9 @@ class _CachedForward:
     def _forward(self, rows: list[list[int]]) -> Tensor:
         assert self.cache is not None
         idx = torch.tensor(rows, device=self.model.wte.weight.device)  # (n, T)
-        logits = self.model(idx, cache=self.cache)[0][:, -1]  # (n, vocab_size)
+        logits: Tensor = self.model(idx, cache=self.cache)[0]  # (n, T, vocab_size)
         self.cache.advance(idx.size(1))
-        return logits
+        return logits[:, -1]
 
 
 def _overlap(text: str, stop: str) -> int:

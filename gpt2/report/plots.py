@@ -21,7 +21,13 @@ def plot_loss(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     validations = [event for event in events if event["event"] == "val"]
     figure, axes = plt.subplots(figsize=(9.6, 5.4), dpi=150)
     minutes = [event["train_seconds"] / 60 for event in steps]
-    axes.plot(minutes, [event["loss"] for event in steps], color=TRAIN_COLOR, linewidth=1, label="training, each batch")
+    axes.plot(
+        minutes,
+        [event["loss"] for event in steps],
+        color=TRAIN_COLOR,
+        linewidth=1,
+        label="training, each batch",
+    )
     if validations:
         axes.plot(
             [event["train_seconds"] / 60 for event in validations],

@@ -1,7 +1,7 @@
 """The training loop: batches in, checkpoints out. `train` reads from top to bottom; its parts follow in order of use.
 
-    run ─ model, optimizers, state ─ for each step:
-        learning rate ─ micro-batches: forward, backward ─ clip ─ update ─ log ─ validate ─ sample ─ save
+run ─ model, optimizers, state ─ for each step:
+    learning rate ─ micro-batches: forward, backward ─ clip ─ update ─ log ─ validate ─ sample ─ save
 """
 
 import platform
@@ -83,7 +83,11 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
             finished = part_done(config, state) >= 1.0
 
             if logs or finished:
-                speed = config.train.batch_tokens * (state.step - logged.step) / (state.train_seconds - logged.train_seconds)
+                speed = (
+                    config.train.batch_tokens
+                    * (state.step - logged.step)
+                    / (state.train_seconds - logged.train_seconds)
+                )
                 figures = {
                     "loss": check_finite(loss.item(), run, state.step),
                     "lr": config.optim.lr * factor,
@@ -101,7 +105,8 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                 evaluation_seconds += result.seconds
                 metrics.event("val", state.step, **result.to_dict(), train_seconds=state.train_seconds)
                 metrics.say(
-                    f"step {state.step}  validation: {result.loss:.4f} nats a token, {result.bits_per_byte:.4f} bits a byte"
+                    f"step {state.step}  validation: {result.loss:.4f} nats a token, "
+                    f"{result.bits_per_byte:.4f} bits per byte"
                 )
                 state = replace(state, val_loss=result.loss)
             if due(state.step, config.eval.sample_every):
@@ -113,7 +118,9 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                 state = save(run, model, optimizers, state)
                 metrics.event("checkpoint", state.step)
             if finished:
-                metrics.event("done", state.step, compile_seconds=compile_seconds, evaluation_seconds=evaluation_seconds)
+                metrics.event(
+                    "done", state.step, compile_seconds=compile_seconds, evaluation_seconds=evaluation_seconds
+                )
                 return summary(run)
             if stop:
                 raise Stopped(stop[0])
@@ -126,7 +133,7 @@ def set_numerics(config: Config, device: torch.device) -> None:
     torch.set_float32_matmul_precision(config.train.matmul_precision)
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # that would cost time and change nothing
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only costs time
 
 
 def load(run: Run) -> tuple[GPT, list[torch.optim.Optimizer], TrainingState]:
@@ -157,8 +164,7 @@ def loss_function(model: GPT, config: Config, device: torch.device) -> MeanLoss:
 
     def loss_only(idx: Tensor, targets: Tensor) -> Tensor:
         # The logits are no output, so that the compiler need not keep their (B·T, vocabulary) for anyone.
-        loss = model(idx, targets)[1]
-        assert loss is not None
+        loss: Tensor = model(idx, targets)[1]
         return loss
 
     function: Callable[[Tensor, Tensor], Tensor] = loss_only
@@ -197,7 +203,9 @@ def warm_up(mean_loss: MeanLoss, model: GPT, config: Config, device: torch.devic
         if not config.train.compile:
             raise
         reason = str(error).strip().split("\n")[0][:200]
-        raise WorkError(f"torch.compile failed ({reason}): train with --train.no-compile, or see `gpt2 doctor`") from error
+        raise WorkError(
+            f"torch.compile failed ({reason}): train with --train.no-compile, or see `gpt2 doctor`"
+        ) from error
     finally:
         model.train()
     return time.perf_counter() - started
@@ -335,7 +343,8 @@ def introduction(run: Run, model: GPT, loader: BatchLoader, compile_seconds: flo
     length = f"{config.train.steps:,} steps" if config.train.steps else f"{config.train.minutes:g} minutes"
     start = f"goes on from {run.checkpoint.name}" if run.checkpoint else "starts"
     return (
-        f"{run.path} {start}: {model.num_parameters():,} parameters on {run.distributed.device}, {config.train.precision}"
+        f"{run.path} {start}: {model.num_parameters():,} parameters on {run.distributed.device}, "
+        f"{config.train.precision}"
         f"{f', compiled in {compile_seconds:.0f} s' if config.train.compile else ''}\n"
         f"{length} of {config.train.batch_tokens:,} tokens = {config.batch_windows} windows x {config.model.n_ctx}, "
         f"micro-batch {config.train.micro_batch} x {config.accumulation()}; an epoch is "

@@ -99,7 +99,7 @@ class Metrics:
         self.task = self.progress.add_task("training", total=1.0)
 
     def __enter__(self) -> "Metrics":
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self.file = open(self.path, "a", encoding="utf-8")
         self.progress.start()
         return self
 

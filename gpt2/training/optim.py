@@ -19,7 +19,10 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     # Matmul and embedding weights have two dimensions, biases and layer norms one: only the former decay.
     decayed = [p for _, p in named if p.dim() >= 2 and id(p) not in taken]
     plain = [p for _, p in named if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=config.fused)
@@ -50,7 +53,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameters in _by_shape(p for p in group["params"] if p.grad is not None):
-                grads = torch.stack([p.grad for p in parameters])  # type: ignore[arg-type]  # (n, rows, columns)
+                grads = torch.stack([p.grad for p in parameters if p.grad is not None])  # (n, rows, columns)
                 momenta = [self._momentum(p) for p in parameters]
                 torch._foreach_lerp_(momenta, list(grads.unbind()), 1 - group["momentum"])
                 # Nesterov: look ahead by one more application of the momentum.
@@ -65,7 +68,8 @@ class Muon(torch.optim.Muon):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]  # type: ignore[no-any-return]
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
 
 
 def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
@@ -105,7 +109,9 @@ def load_optimizer_tensors(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
 ) -> None:
     """The inverse of `optimizer_tensors`, onto the parameters' device."""
-    owners = {p: (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {
+        p: (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+    }
     parameters = dict(model.named_parameters())
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit(".", 1)

@@ -1,7 +1,9 @@
 """A run's directory: made in one rename with its config, continued where it stopped."""
 
 import dataclasses
+import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +74,9 @@ def resume_run(path: Path, config: Config) -> Run:
     distributed = Distributed.from_environment(config.train.device)
     dataset = Dataset.open(Path(config.train.data))
     if dataset.fingerprint != saved.train.data_hash:
-        raise RequestError(f"the data in {config.train.data} is not what {path} was trained on: give its own with --data")
+        raise RequestError(
+            f"the data in {config.train.data} is not what {path} was trained on: give its own with --data"
+        )
     config, notes = resolve(config, dataset, distributed)
     return _continue(path, config, dataset, distributed, notes)
 
@@ -80,7 +84,9 @@ def resume_run(path: Path, config: Config) -> Run:
 def saved_config(path: Path) -> Config:
     """The config of a run. Raises RequestError where the directory is no run."""
     if not is_run(path):
-        raise RequestError(f"{path} is no run (it has no config.toml): start one with `gpt2 train --data DATA --out {path}`")
+        raise RequestError(
+            f"{path} is no run (it has no config.toml): start one with `gpt2 train --data DATA --out {path}`"
+        )
     return read_toml(path / "config.toml")
 
 
@@ -119,8 +125,9 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile has its tools: Triton on a GPU, a C++ compiler on a CPU."""
-    if device.type == "cpu":
-        return any(shutil.which(compiler) for compiler in ("g++", "clang++", "cl"))
+    if device.type == "cpu":  # the compiler that torch itself looks for
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        return shutil.which(os.environ.get("CXX", usual)) is not None
     return device.type == "cuda"
 
 
@@ -137,9 +144,7 @@ def _pretrained_shape(model: str, config: Config) -> tuple[GPTConfig, Tokenizer 
     return shape, Tokenizer.load(directory) if has_tokenizer else None
 
 
-def _continue(
-    path: Path, config: Config, dataset: Dataset, distributed: Distributed, notes: tuple[str, ...]
-) -> Run:
+def _continue(path: Path, config: Config, dataset: Dataset, distributed: Distributed, notes: tuple[str, ...]) -> Run:
     checkpoint, complaints = newest_good_checkpoint(path)
     return Run(path, config, dataset, distributed, checkpoint, (*notes, *complaints))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from gpt2.config import GPTConfig, OptimConfig
 from gpt2.model import GPT
 from gpt2.training.optim import (

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gpt2.training.peak import card_peak, device_peak
 
 

@@ -1,8 +1,10 @@
 """The learning rate against the recipe's formula, and the shape of each schedule."""
 
+import itertools
 import math
 
 import pytest
+
 from gpt2.config import OptimConfig, preset
 from gpt2.training.schedule import decay, learning_rate_factor, progress_by_steps
 
@@ -40,7 +42,7 @@ def test_every_schedule_ends_at_its_minimum_and_never_rises() -> None:
         values = [decay(config, p / 100) for p in range(101)]
         assert values[0] == 1.0
         assert values[-1] == pytest.approx(0.1)
-        assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+        assert all(a >= b for a, b in itertools.pairwise(values))
     constant = OptimConfig(schedule="constant")
     assert decay(constant, 1.0) == 1.0
 
