@@ -26,6 +26,7 @@ from gpt2.config import (
     OptimConfig,
     TrainConfig,
     preset,
+    read_run_config,
     read_toml,
 )
 from gpt2.errors import RequestError
@@ -107,9 +108,9 @@ class Train:
 
 def train(argv: Sequence[str]) -> Outcome:
     """gpt2 train"""
-    # What the other options' defaults are depends on these three: they are read first.
+    # The other options' defaults depend on these: they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--resume"):
+    for name in ("--preset", "--config", "--resume", "--out"):
         first.add_argument(name)
     try:
         chosen, _ = first.parse_known_args(list(argv))
@@ -117,11 +118,13 @@ def train(argv: Sequence[str]) -> Outcome:
         raise RequestError(f"{error}: see gpt2 train --help") from error
     if chosen.resume and (chosen.preset or chosen.config):
         raise RequestError("--resume goes on with the run's own config: leave --preset and --config out")
+    if chosen.resume and chosen.out:
+        raise RequestError("--out and --resume exclude each other: a resumed run stays where it is")
     base = preset(chosen.preset or "gpt2-124m")
     if chosen.config:
         base = read_toml(Path(chosen.config), base)
     if chosen.resume and not _asks_for_help(argv):
-        base = read_toml(_config_of(Path(chosen.resume)))
+        base = read_run_config(Path(chosen.resume))
     sections = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
     args = parse(Train, argv, "train", Train(**sections))
 
@@ -134,8 +137,6 @@ def train(argv: Sequence[str]) -> Outcome:
         raise RequestError("--data is missing: give the directory that `gpt2 prepare SOURCE --out DATA` made")
     if args.resume is None and args.out is None:
         raise RequestError("--out is missing: give the run's directory (or --resume RUN to go on with one)")
-    if args.resume is not None and args.out is not None:
-        raise RequestError("--out and --resume exclude each other: a resumed run stays where it is")
     config = Config(args.model, args.optim, train_section, args.eval, args.checkpoint, args.log)
 
     from gpt2.training import loop, run
@@ -153,14 +154,6 @@ def train(argv: Sequence[str]) -> Outcome:
         f"next: gpt2 sample {opened.path} --prompt TEXT"
     )
     return Outcome(result, args.json)
-
-
-def _config_of(run: Path) -> Path:
-    if not (run / "config.toml").is_file():
-        raise RequestError(
-            f"{run} is no run (it has no config.toml): start one with gpt2 train --data DATA --out {run}"
-        )
-    return run / "config.toml"
 
 
 @dataclass(frozen=True)

@@ -300,6 +300,15 @@ def read_toml(path: Path, base: Config | None = None) -> Config:
     return from_toml(text, base, str(path))
 
 
+def read_run_config(run: Path) -> Config:
+    """The resolved config of a run's directory. Raises RequestError where it is no run."""
+    if not (run / "config.toml").is_file():
+        raise RequestError(
+            f"{run} is no run (it has no config.toml): start one with gpt2 train --data DATA --out {run}"
+        )
+    return read_toml(run / "config.toml")
+
+
 def to_toml(config: Config) -> str:
     """The whole config as TOML; `from_toml` gives back an equal one."""
     import tomli_w
@@ -391,7 +400,7 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
                 "min_lr_ratio": 0.0,
             },
             {"batch_tokens": 1_024, "micro_batch": 8, "steps": 0, "minutes": 3.0},
-            {"eval": EvalConfig(every=400, windows=64), "checkpoint": CheckpointConfig(every=0)},
+            {"eval": EvalConfig(every=400), "checkpoint": CheckpointConfig(every=0)},
         ),
     }
 )

@@ -34,7 +34,7 @@ def demo(out: Path, minutes: float, say: Callable[[str], None]) -> dict[str, Any
     if minutes <= 0:
         raise RequestError(f"--minutes {minutes:g} must be above 0")
     tokenizer = f"bpe:{config.model.vocab_size}"
-    say(f"1. {CORPUS}: 249 presidential addresses, 1790 to today -> {out / 'data'}")
+    say(f"1. {CORPUS} -> {out / 'data'}")
     data = out / "data"
     if not (data / "dataset.json").is_file():
         prepare(CORPUS, data, tokenizer)

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -30,6 +30,8 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 # GPT-2's split into words, numbers, punctuation and spaces; merges never cross its borders.
 # The possessive quantifiers (++) change no match and spare the backtracking.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# White space as PATTERN has it; Python's own \\s also takes the four separators \x1c-\x1f.
+LONG_WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]{65536,}")
 MAX_VOCABULARY = 65_536  # token ids are stored in 16 bits
 
 
@@ -91,6 +93,9 @@ class Tokenizer:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError:
             return self.encode_numpy(_utf8(text).decode())
+        except ValueError:  # the pattern's engine gives up on a million white-space characters before a word
+            parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _short_of_words(text)]
+            return np.concatenate(parts).astype(np.uint16)
 
     @cached_property
     def is_bytes(self) -> bool:
@@ -307,6 +312,16 @@ def _merge_until(ranks: Mapping[bytes, int], token: bytes, rank: int) -> list[by
         if lowest >= rank:
             return parts
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def _short_of_words(text: str) -> Iterator[str]:
+    """The text, cut before the last character of each long run of white space: PATTERN has a border there anyway."""
+    start = 0
+    for run in LONG_WHITE_SPACE.finditer(text):
+        if run.end() < len(text):
+            yield text[start : run.end() - 1]
+            start = run.end() - 1
+    yield text[start:]
 
 
 def _utf8(text: str) -> bytes:

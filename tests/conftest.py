@@ -4,13 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from gpt2.config import Config, preset
 from gpt2.data.prepare import prepare
 
-WORDS = (
+TEXT = (
     "the people of these states have met and the congress will hear what the year has brought to them "
     "in peace and in labor on land and at sea"
-).split()
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +32,8 @@ def make_documents(n: int, seed: int = 0) -> list[str]:
 
     random_ = random.Random(seed)
     return [
-        " ".join(random_.choices(WORDS, k=random_.randint(20, 60))) + random_.choice([".\n", " – é 世.\n", "\n\n"])
+        " ".join(random_.choices(TEXT.split(), k=random_.randint(20, 60)))
+        + random_.choice([".\n", " – é 世.\n", "\n\n"])
         for _ in range(n)
     ]
 

@@ -11,7 +11,7 @@ import torch
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import is_run, newest_good_checkpoint, resolve_model
-from gpt2.config import Config, GPTConfig, flatten, free_on_resume, read_toml, to_toml
+from gpt2.config import Config, GPTConfig, flatten, free_on_resume, read_run_config, to_toml
 from gpt2.data.shards import Dataset
 from gpt2.distributed import Distributed, multiplies_bf16_fast
 from gpt2.errors import RequestError
@@ -47,7 +47,7 @@ def start_run(config: Config, out: Path) -> Run:
     dataset = Dataset.open(Path(config.train.data))
     config, notes = resolve(config, dataset, distributed)
     if is_run(out):
-        saved = read_toml(out / "config.toml")
+        saved = read_run_config(out)
         different = _differences(config, saved)
         if different:
             raise RequestError(
@@ -67,7 +67,7 @@ def resume_run(path: Path, config: Config) -> Run:
 
     Raises RequestError that names each changed field which changes more than speed or intervals.
     """
-    saved = saved_config(path)
+    saved = read_run_config(path)
     different = [name for name in _differences(config, saved) if not free_on_resume(name)]
     if different:
         raise RequestError(f"{', '.join(different)} cannot change when a run is resumed: start a new run for that")
@@ -79,15 +79,6 @@ def resume_run(path: Path, config: Config) -> Run:
         )
     config, notes = resolve(config, dataset, distributed)
     return _continue(path, config, dataset, distributed, notes)
-
-
-def saved_config(path: Path) -> Config:
-    """The config of a run. Raises RequestError where the directory is no run."""
-    if not is_run(path):
-        raise RequestError(
-            f"{path} is no run (it has no config.toml): start one with `gpt2 train --data DATA --out {path}`"
-        )
-    return read_toml(path / "config.toml")
 
 
 def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple[Config, tuple[str, ...]]:

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from gpt2.checkpoint.directory import list_checkpoints, newest_good_checkpoint, step_of
-from gpt2.config import Config, from_dict
+from gpt2.config import Config, from_dict, read_run_config
 from gpt2.data.loader import BatchLoader
 from gpt2.data.shards import Dataset
 from gpt2.errors import RequestError, WorkError
@@ -23,8 +25,7 @@ from gpt2.inference.engine import load
 from gpt2.model import GPT
 from gpt2.training.loop import accumulate_gradients, loss_function, train
 from gpt2.training.metrics import read_metrics, start_at
-from gpt2.training.run import resume_run, saved_config, start_run
-from safetensors.torch import load_file
+from gpt2.training.run import resume_run, start_run
 
 
 def changed(config: Config, **values: object) -> Config:
@@ -75,7 +76,7 @@ def test_the_reported_loss_is_the_whole_steps_mean(tiny: Config, tmp_path: Path)
     reported = [e["loss"] for e in read_metrics(tmp_path / "run") if e["event"] == "step"]
     dataset = Dataset.open(Path(config.train.data))
     torch.manual_seed(config.train.seed)
-    model = GPT(saved_config(tmp_path / "run").model)
+    model = GPT(read_run_config(tmp_path / "run").model)
     loader = BatchLoader(dataset.split("train"), 32, 8, config.train.seed)
     for step, loss in enumerate(reported):
         x, y = loader.batch(step)
@@ -97,7 +98,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny: Config, tmp_path: Path
     for path in list_checkpoints(broken.path)[1:]:  # as if it had been killed after step 8, its lines written
         (path / "checksums.json").unlink()
     assert step_of(list_checkpoints(broken.path)[-1]) == 8
-    train(resume_run(broken.path, saved_config(broken.path)), quiet=True)
+    train(resume_run(broken.path, read_run_config(broken.path)), quiet=True)
 
     assert_equal_bits(weights_of(whole.path), weights_of(broken.path))
     for name in ("step", "val"):
@@ -173,7 +174,7 @@ def test_a_run_of_another_config_is_refused_by_name(tiny: Config, tmp_path: Path
 
 def test_resume_refuses_what_changes_results_and_takes_what_does_not(tiny: Config, tmp_path: Path) -> None:
     start_run(tiny, tmp_path / "run")
-    saved = saved_config(tmp_path / "run")
+    saved = read_run_config(tmp_path / "run")
     with pytest.raises(RequestError, match=r"optim\.lr, train\.seed"):
         resume_run(tmp_path / "run", changed(saved, optim__lr=0.5, train__seed=3))
     run = resume_run(tmp_path / "run", changed(saved, train__micro_batch=2, log__every=5, model__attention="flash"))
@@ -186,7 +187,7 @@ def test_resume_takes_the_same_data_elsewhere_and_no_other(tiny: Config, tmp_pat
     from gpt2.data.prepare import prepare
 
     start_run(tiny, tmp_path / "run")
-    saved = saved_config(tmp_path / "run")
+    saved = read_run_config(tmp_path / "run")
     shutil.copytree(tiny.train.data, tmp_path / "copy")
     resume_run(tmp_path / "run", changed(saved, train__data=str(tmp_path / "copy")))
     (tmp_path / "other.txt").write_text("another text\n" * 200)
@@ -231,7 +232,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Config, tmp
     assert path is not None
     assert step_of(path) == 10
     assert "step_000020/model.safetensors is altered" in complaints[0]
-    again = resume_run(run.path, saved_config(run.path))
+    again = resume_run(run.path, read_run_config(run.path))
     assert again.checkpoint == path
     assert complaints[0] in again.notes
     train(again, quiet=True)
@@ -316,4 +317,4 @@ def test_every_optimisation_can_be_switched_off(tiny: Config, tmp_path: Path) ->
     )
     result = train(start_run(replace(config), tmp_path / "run"), quiet=True)
     assert result["val_loss"] < math.log(257)
-    train(resume_run(tmp_path / "run", saved_config(tmp_path / "run")), quiet=True)
+    train(resume_run(tmp_path / "run", read_run_config(tmp_path / "run")), quiet=True)

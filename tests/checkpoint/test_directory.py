@@ -1,0 +1,144 @@
+"""The checkpoint directory: whole or absent, every damage found, the last good one never removed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2 import files
+from gpt2.checkpoint.directory import (
+    TrainingState,
+    keep_checkpoints,
+    list_checkpoints,
+    newest_good_checkpoint,
+    read_checkpoint,
+    resolve_model,
+    step_of,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from gpt2.config import GPTConfig
+from gpt2.errors import WorkError
+from gpt2.model import GPT
+from gpt2.tokenizer import Tokenizer
+
+CONFIG = GPTConfig(vocab_size=257, n_ctx=8, n_layer=1, n_head=2, n_embd=8)
+
+
+def write(run: Path, step: int) -> Path:
+    torch.manual_seed(step)
+    weights = GPT(CONFIG).state_dict()
+    training = {"optimizer.wte.weight.exp_avg": torch.randn(384, 8), "random.cpu": torch.get_rng_state()}
+    state = TrainingState(step=step, train_seconds=1.5, val_loss=2.0, skipped_steps=(3,))
+    return write_checkpoint(run, CONFIG, weights, Tokenizer.from_name("bytes"), training, state)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("run"), 7)
+
+
+def test_what_is_written_is_read_bit_for_bit(checkpoint: Path) -> None:
+    weights, training, state = read_checkpoint(checkpoint, CONFIG)
+    torch.manual_seed(7)
+    expected = GPT(CONFIG).state_dict()
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(weights[name], tensor), name
+    assert training["optimizer.wte.weight.exp_avg"].shape == (384, 8)
+    assert state == TrainingState(step=7, train_seconds=1.5, val_loss=2.0, skipped_steps=(3,))
+    assert checkpoint.name == "step_000007"
+
+
+def test_padded_rows_are_dropped_on_the_disk(checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert load_file(checkpoint / "model.safetensors")["transformer.wte.weight"].shape == (257, 8)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_every_damage_is_found_and_names_its_file(
+    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / checkpoint.name
+    shutil.copytree(checkpoint, path)
+    names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+    file = path / data.draw(st.sampled_from(names))
+    content = file.read_bytes()
+    kind = data.draw(st.sampled_from(["flip", "truncate", "extend", "delete", "empty"]))
+    if kind == "flip":
+        place = data.draw(st.integers(0, len(content) - 1))
+        file.write_bytes(
+            content[:place] + bytes([content[place] ^ (1 << data.draw(st.integers(0, 7)))]) + content[place + 1 :]
+        )
+    elif kind == "truncate":
+        file.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    elif kind == "extend":
+        file.write_bytes(content + b"x")
+    elif kind == "delete":
+        file.unlink()
+    else:
+        file.write_bytes(b"")
+    if file.name == "checksums.json":
+        # The list itself: what still reads as the same list is no damage.
+        try:
+            verify_checkpoint(path)
+        except WorkError:
+            return
+        verify_checkpoint(path)
+    else:
+        with pytest.raises(WorkError, match=file.name.replace(".", r"\.")):
+            verify_checkpoint(path)
+    shutil.rmtree(path)
+
+
+def test_newest_good_skips_damaged_ones_and_leftovers(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_000003" / "config.json").write_text("{}")
+    (tmp_path / "checkpoints" / ".tmp-step_000004-x").mkdir()
+    (tmp_path / "checkpoints" / "step_000005").mkdir()
+    path, complaints = newest_good_checkpoint(tmp_path)
+    assert path is not None
+    assert step_of(path) == 2
+    assert len(complaints) == 1
+    assert "config.json" in complaints[0]
+
+
+def test_keeps_last_and_best_and_sweeps_leftovers(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / ".tmp-step_000009-x").mkdir()
+    keep_checkpoints(tmp_path, last=2, best_step=1)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [1, 3, 4]
+    assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_full_disk_leaves_the_older_ones_and_no_half_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 1)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "flush_to_disk", full)
+    with pytest.raises(WorkError, match="No space left on device"):
+        write(tmp_path, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    verify_checkpoint(tmp_path / "checkpoints" / "step_000001")
+
+
+def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    (path / "config.json").write_text("{}")
+    verify_checkpoint(write(tmp_path, 1))
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(WorkError, match="has not reached its first one"):
+        resolve_model(tmp_path)
+    assert resolve_model("openai-community/gpt2") == "openai-community/gpt2"

@@ -1,0 +1,190 @@
+"""The command line as a user meets it: verbs, wrong requests in one line, JSON last, lazy imports."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2.cli import VERBS, main
+
+
+def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        code = main(argv)
+    except SystemExit as stopped:  # --help
+        code = int(stopped.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    code = "import sys; from gpt2.cli import main; main(['--help']); print([m for m in sys.modules if m in {heavy}])"
+    heavy = {"torch", "numpy", "tyro", "rich", "tiktoken", "matplotlib", "gpt2.config"}
+    done = subprocess.run([sys.executable, "-c", code.format(heavy=heavy)], capture_output=True, text=True, check=True)
+    for verb in VERBS:
+        assert f"\n  {verb} " in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_with_defaults(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(verb, "--help", capsys=capsys)
+    assert code == 0
+    assert "default:" in out
+    assert "--json" in out
+
+
+def test_train_help_shows_the_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("train", "--preset", "tiny", "--help", capsys=capsys)
+    assert code == 0
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    assert "--model.n-embd INT Width of the residual stream. (default: 32)" in text
+    assert "--optim.lr FLOAT Peak learning rate of AdamW. (default: 0.01)" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from gpt2 import __version__
+
+    assert run("--version", capsys=capsys) == (0, f"gpt2 {__version__}\n", "")
+
+
+def wrong(capsys: pytest.CaptureFixture[str], tmp_path: Path, *argv: str) -> str:
+    """Runs a wrong request; gives its one line. Nothing may have been written."""
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*argv, capsys=capsys)
+    assert code == 2, (code, out, err)
+    assert err.count("\n") == 1, err
+    assert err.startswith("gpt2: ")
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+    return err
+
+
+def test_wrong_requests_are_one_line_and_write_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path
+) -> None:
+    out, here = str(tmp_path / "out"), str(tmp_path)
+    base = ("train", "--data", str(data), "--out", out)
+    (tmp_path / "bad.toml").write_text("[optim]\nlearning_rate = 1\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 and more")
+    (tmp_path / "empty.txt").write_text("")
+    cases: list[tuple[tuple[str, ...], str]] = [
+        (("tarin",), "did you mean train?"),
+        (("train", "--out", out), "--data is missing"),
+        (("train", "--data", str(data)), "--out is missing"),
+        (("train", "--data", here, "--out", out), "holds no dataset.json"),
+        ((*base, "--preset", "gpt2-125m"), "did you mean gpt2-124m?"),
+        ((*base, "--optim.lrr", "1"), "--optim.lr"),
+        ((*base, "--optim.lr", "fast"), "--optim.lr"),
+        ((*base, "--optim.lr", "-1"), "optim.lr = -1.0 must be above 0"),
+        ((*base, "--model.n-head", "5"), "a divisor of model.n_embd"),
+        ((*base, "--train.batch-tokens", "1000"), "use "),
+        ((*base, "--train.micro-batch", "3"), "use 2 or 4"),
+        ((*base, "--train.device", "cuda:77"), "is not here"),
+        ((*base, "--config", str(tmp_path / "bad.toml")), "there is no field optim.learning_rate"),
+        ((*base, "--config", str(tmp_path / "none.toml")), "cannot read"),
+        ((*base, "--resume", out), "--out and --resume"),
+        (("train", "--resume", here), "is no run"),
+        ((*base, "--init-from", str(tmp_path / "empty")), "no config.json"),
+        (("prepare", str(tmp_path / "nothing"), "--out", out), "there is no file or directory"),
+        (("prepare", str(tmp_path / "empty"), "--out", out), "holds no .txt"),
+        (("prepare", str(tmp_path / "empty.txt"), "--out", out), "no text"),
+        (("prepare", str(tmp_path / "latin.txt"), "--out", out, "--tokenizer", "bytes"), "not UTF-8 at byte 3"),
+        (("prepare", "sotu", "--out", out, "--tokenizer", "gpt3"), "there is no tokenizer"),
+        (("prepare", "sotu", "--out", out, "--tokenizer", "bpe:70000"), "65536"),
+        (("prepare", "sotu", "--out", out, "--val-fraction", "0.7"), "must be in [0, 0.5]"),
+        (("prepare", "sotu", "--out", here), "exists already"),
+        (("sample", str(tmp_path / "empty")), "no config.json"),
+        (("sample", "./nowhere"), "there is no directory"),
+        (("eval", str(tmp_path / "empty"), "--data", str(data)), "no config.json"),
+        (("eval", str(tmp_path / "empty"), "--data", str(data), "--task", "chess"), "there is no task"),
+        (("demo", "--minutes", "0", "--out", out), "must be above 0"),
+        (("doctor", "--jsn"), "--json"),
+    ]
+    for argv, expected in cases:
+        assert expected in wrong(capsys, tmp_path, *argv), argv
+
+
+def test_a_vocabulary_may_not_be_set_against_the_data(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path
+) -> None:
+    """The data's tokenizer decides: the run's config shows it."""
+    argv = ("train", "--data", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny", "--train.steps", "1")
+    assert run(*argv, capsys=capsys)[0] == 0
+    assert "vocab_size = 257" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_prepare_train_eval_and_sample_say_json_last(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_directory: Path
+) -> None:
+    data, out = str(tmp_path / "data"), str(tmp_path / "run")
+
+    def as_json(*argv: str) -> dict[str, object]:
+        code, said, _ = run(*argv, "--json", capsys=capsys)
+        assert code == 0
+        result = json.loads(said.splitlines()[-1])
+        assert isinstance(result, dict)
+        return result
+
+    prepared = as_json("prepare", str(text_directory), "--out", data, "--tokenizer", "bpe:300")
+    assert prepared["documents"] == 40
+    assert prepared["bytes"] == sum(p.stat().st_size for p in text_directory.glob("*.txt"))
+    trained = as_json("train", "--data", data, "--out", out, "--preset", "tiny", "--train.steps", "3")
+    assert trained["steps"] == 3
+    assert {"train_loss", "val_loss", "bits_per_byte", "tokens_per_second", "train_seconds"} <= trained.keys()
+    resumed = as_json("train", "--resume", out)
+    assert resumed == trained
+    evaluated = as_json("eval", out, "--data", data)
+    assert evaluated["task"] == "loss"
+    assert {"loss", "perplexity", "bits_per_byte"} <= evaluated.keys()
+    sampled = as_json("sample", out, "--prompt", "the people", "-n", "2", "--max-tokens", "5", "--seed", "1")
+    assert isinstance(sampled["completions"], list)
+    assert len(sampled["completions"]) == 2
+    single = as_json("sample", out, "--prompt", "the people", "--max-tokens", "5", "--seed", "1")
+    assert single["completions"] == sampled["completions"][:1]
+
+
+def test_eval_refuses_data_of_another_tokenizer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path, text_directory: Path
+) -> None:
+    out, other = str(tmp_path / "run"), str(tmp_path / "other")
+    argv = ("train", "--data", str(data), "--out", out, "--preset", "tiny", "--train.steps", "1")
+    assert run(*argv, capsys=capsys)[0] == 0
+    assert run("prepare", str(text_directory), "--out", other, "--tokenizer", "bpe:300", capsys=capsys)[0] == 0
+    code, _, err = run("eval", out, "--data", other, capsys=capsys)
+    assert code == 2
+    assert "tokenizer (bpe:300) differs from the model's (bytes)" in err
+
+
+def test_an_altered_checkpoint_is_a_failure_not_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path
+) -> None:
+    out = tmp_path / "run"
+    argv = ("train", "--data", str(data), "--out", str(out), "--preset", "tiny", "--train.steps", "1")
+    assert run(*argv, capsys=capsys)[0] == 0
+    file = next(out.rglob("model.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    code, _, err = run("sample", str(out), capsys=capsys)
+    assert code == 1
+    assert "model.safetensors is altered" in err
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    environment = {**os.environ, "GPT2_DEBUG": "1"}
+    command = [sys.executable, "-m", "gpt2", "prepare", "./nowhere", "--out", "./neither"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_no_permission_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path) -> None:
+    """A file where a directory is needed: refused for root as well, whom permissions do not stop."""
+    (tmp_path / "file").write_text("")
+    argv = ("train", "--data", str(data), "--out", str(tmp_path / "file" / "run"), "--preset", "tiny")
+    assert "cannot write in" in wrong(capsys, tmp_path, *argv)
