@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,21 @@ def new_directory(path: Path) -> Iterator[Path]:
     """Gives a temporary directory beside `path`; on success flushes it and renames it to `path`.
 
     Killed at any moment, either `path` is whole or it does not exist (a `.tmp-*` directory may stay,
-    which no reader looks at). On an exception the temporary directory is removed.
+    which no reader looks at). On an exception the temporary directory and the parents made for it are removed.
 
     Raises RequestError where `path` exists and is not empty or its parent cannot be written,
     WorkError where the disk is full.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise RequestError(f"{path} exists already: remove it or name another directory")
+    made: list[Path] = []
     try:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise RequestError(f"{path} exists already: remove it or name another directory")
+        made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
     except OSError as error:
+        _remove_empty(made)
         raise RequestError(f"cannot write in {path.parent}: {error.strerror}; name another directory") from error
     try:
         temporary.chmod(0o777 & ~_umask())
@@ -66,6 +69,15 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise WorkError(f"cannot write {path}: {error.strerror}; free space or name another directory") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            _remove_empty(made)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes them, innermost first, as far as they are empty."""
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()
 
 
 def _umask() -> int:

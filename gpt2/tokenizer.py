@@ -30,7 +30,7 @@ MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc
 # GPT-2's split into words, numbers, punctuation and spaces; merges never cross its borders.
 # The possessive quantifiers (++) change no match and spare the backtracking.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# White space as PATTERN has it; Python's own \\s also takes the four separators \x1c-\x1f.
+# White space as PATTERN has it; Python's own \s also takes the four separators \x1c-\x1f.
 LONG_WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]{65536,}")
 MAX_VOCABULARY = 65_536  # token ids are stored in 16 bits
 
@@ -88,11 +88,11 @@ class Tokenizer:
     def encode_numpy(self, text: str) -> np.ndarray:
         """The ids of a text as a (n,) array of uint16."""
         if len(self.ranks) == 256 and self.is_bytes:
-            return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16)
+            return np.frombuffer(utf8(text), dtype=np.uint8).astype(np.uint16)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError:
-            return self.encode_numpy(_utf8(text).decode())
+            return self.encode_numpy(utf8(text).decode())
         except ValueError:  # the pattern's engine gives up on a million white-space characters before a word
             parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in _short_of_words(text)]
             return np.concatenate(parts).astype(np.uint16)
@@ -201,7 +201,7 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        trainable.train_from_iterator((_utf8(text).decode() for text in texts), trainer)
+        trainable.train_from_iterator((utf8(text).decode() for text in texts), trainer)
         merges = json.loads(trainable.to_str())["model"]["merges"]
         ranks = {bytes([i]): i for i in range(256)}
         ranks |= {token: 256 + i for i, token in enumerate(_merged_tokens(merges))}
@@ -217,21 +217,33 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         try:
             if path.is_file():
-                model = json.loads(path.read_text(encoding="utf-8"))["model"]
+                facts = json.loads(path.read_text(encoding="utf-8"))
+                model, split = facts["model"], facts.get("pre_tokenizer") or {}
                 if model.get("type", "BPE") != "BPE":
                     raise RequestError(
                         f"{path} is a {model['type']} tokenizer: only GPT-2's byte-level BPE can be read"
                     )
-                vocabulary = dict(model["vocab"])
-                for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []):
+                whole_words = split.get("use_regex", True) and not split.get("add_prefix_space", False)
+                if facts.get("normalizer") is not None or split.get("type") != "ByteLevel" or not whole_words:
+                    raise RequestError(
+                        f"{path} normalizes or splits text in its own way: only GPT-2's byte-level BPE can be read"
+                    )
+                vocabulary, merges = dict(model["vocab"]), list(model["merges"])
+                for token in facts.get("added_tokens", []):
                     vocabulary.setdefault(token["content"], token["id"])
             else:
+                path = directory / "merges.txt"
+                merges = path.read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]
                 path = directory / "vocab.json"
                 vocabulary = json.loads(path.read_text(encoding="utf-8"))
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+            order = list(dict.fromkeys(vocabulary[a + b] for a, b in pairs))
+            if order != sorted(order):
+                raise ValueError("the ids are not in the order of merging")
             return cls._from_vocabulary(vocabulary)
         except RequestError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RequestError(
                 f"{path} is not a byte-level BPE with {END_OF_TEXT} as its last token ({type(error).__name__}): "
                 "only GPT-2's kind of tokenizer can be read"
@@ -324,7 +336,7 @@ def _short_of_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _utf8(text: str) -> bytes:
+def utf8(text: str) -> bytes:
     """UTF-8; lone surrogates as U+FFFD."""
     try:
         return text.encode("utf-8")

@@ -56,7 +56,8 @@ class BatchLoader:
         tokens = np.empty((len(ids), self.context + 1), dtype=np.int64)
         for row, k in enumerate(ids):
             tokens[row] = self.split.read(int(k) * self.context, (int(k) + 1) * self.context + 1)
-        return tokens[:, :-1], tokens[:, 1:]
+        # Contiguous: a compiled network is made for one memory layout.
+        return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
 
 
 def prefetch(

@@ -62,9 +62,9 @@ def prepare(
     """
     started = time.perf_counter()
     kind = parse_tokenizer_name(tokenizer)
-    fraction = Fraction(str(val_fraction))
-    if not 0 <= fraction <= Fraction(1, 2):
+    if not 0 <= val_fraction <= 0.5:
         raise RequestError(f"--val-fraction {val_fraction} must be in [0, 0.5]")
+    fraction = Fraction(str(val_fraction))
     if shard_tokens < 1 or shard_tokens > 2**31 - 1:
         raise RequestError(f"--shard-tokens {shard_tokens} must be in 1 to 2,147,483,647")
     if processes is not None and processes < 1:
@@ -117,7 +117,7 @@ class Splitter:
             documents += piece.starts_document
             if documents >= FEW_DOCUMENTS:
                 return cls(fraction, None)
-            total += len(piece.text.encode("utf-8", "surrogatepass"))
+            total += len(piece.text.encode())
         if documents == 0:
             raise RequestError("the source holds no text: give a file that is not empty")
         return cls(fraction, _line_end_near(pieces, total, fraction) if fraction else total)
@@ -132,11 +132,11 @@ class Splitter:
                 held_out = (i + 1) * self.fraction // 1 > i * self.fraction // 1
                 yield "val" if held_out else "train", piece
                 continue
-            data = piece.text.encode("utf-8", "surrogatepass")
+            data = piece.text.encode()
             inside = self.cut - place
             if 0 < inside < len(data):
-                yield "train", Piece(data[:inside].decode("utf-8", "surrogatepass"), piece.starts_document)
-                yield "val", Piece(data[inside:].decode("utf-8", "surrogatepass"), True)
+                yield "train", Piece(data[:inside].decode(), piece.starts_document)
+                yield "val", Piece(data[inside:].decode(), True)
             else:
                 # The first piece behind the cut starts validation, also where its document started before.
                 yield (
@@ -157,7 +157,7 @@ def _line_end_near(pieces: Iterable[Piece], total: int, fraction: Fraction) -> i
     wanted = total - int(total * fraction)
     place, line_end, character = 0, 0, 0
     for piece in pieces:
-        data = piece.text.encode("utf-8", "surrogatepass")
+        data = piece.text.encode()
         inside = min(len(data), wanted - place)
         found = data.rfind(b"\n", 0, inside)
         line_end = place + found + 1 if found >= 0 else line_end
@@ -176,7 +176,7 @@ def _head(texts: Iterable[str], limit: int) -> Iterator[str]:
     seen = 0
     for text in texts:
         yield text
-        seen += len(text.encode("utf-8", "surrogatepass"))
+        seen += len(text.encode())
         if seen >= limit:
             return
 
@@ -189,7 +189,7 @@ def _batches(assigned: Iterable[tuple[str, Piece]], writers: dict[str, "SplitWri
     waiting: dict[str, list[tuple[bool, str]]] = {name: [] for name in writers}
     sizes = dict.fromkeys(writers, 0)
     for name, piece in assigned:
-        size = len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8", "replace"))
+        size = len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         writers[name].documents += piece.starts_document
         writers[name].bytes += size
         waiting[name].append((piece.starts_document, piece.text))

@@ -133,6 +133,8 @@ class Dataset:
             raise RequestError(f"{path} holds no {FACTS}: make it with `gpt2 prepare SOURCE --out {path}`")
         try:
             facts = json.loads(facts_path.read_text(encoding="utf-8"))
+            if facts["format"] != 1:
+                raise ValueError(f"its format is {facts['format']!r}, this version reads 1")
             expected = str(facts["tokenizer"]["hash"])
             vocab_size = int(facts["tokenizer"]["vocab_size"])
             hashes, splits = [expected], {}
@@ -141,10 +143,12 @@ class Dataset:
                 for file, _, _ in entries:
                     if Path(file).name != file:
                         raise ValueError(f"the shard's name {file!r} is no file name")
+                if sum(tokens for _, tokens, _ in entries) != int(split["tokens"]):
+                    raise ValueError(f"the shards of {name} do not have {split['tokens']} tokens together")
                 hashes += [f"{name} {tokens} {sha256}" for _, tokens, sha256 in entries]
                 shards = tuple(Shard(path / file, tokens, sha256, vocab_size) for file, tokens, sha256 in entries)
                 splits[str(name)] = Split(shards, int(split["bytes"]), int(split["documents"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise RequestError(
                 f"{facts_path} is damaged ({type(error).__name__}: {error}): prepare the data again"
             ) from error

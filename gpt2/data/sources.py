@@ -7,16 +7,25 @@ Pieces are cut where tokens never cross, which makes the tokens of the pieces th
 import codecs
 import gzip
 import importlib.util
+import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
+from gpt2.tokenizer import utf8
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 PIECE_CHARACTERS = 2**20
+LONGEST_PIECE = 16 * 2**20
+"""A text without a border for this many characters is cut all the same, within a word: memory stays flat."""
+_BORDER = re.compile(r"(?<=\S)[ \n]")  # what is_border tells of one place
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".zst")
 KINDS = ".txt, .jsonl or .parquet, also .gz or .zst"
@@ -40,10 +49,9 @@ def open_source(source: str) -> Iterable[Piece]:
         return _Walk([embedded_corpus()], None)
     if source.startswith("hf:"):
         return _Hub(source.removeprefix("hf:"))
-    return _Walk(
-        [Path(source)] if not has_magic(source) else [Path(p) for p in sorted(glob(source, recursive=True))],
-        source,
-    )
+    if has_magic(source) and not Path(source).exists():
+        return _Walk([Path(path) for path in sorted(glob(source, recursive=True))], source)
+    return _Walk([Path(source)], source)
 
 
 def embedded_corpus() -> Path:
@@ -61,7 +69,7 @@ def cut(text: str) -> Iterator[str]:
     while len(text) - start > PIECE_CHARACTERS:
         end = last_border(text, start, start + PIECE_CHARACTERS)
         if end is None:
-            end = next_border(text, start + PIECE_CHARACTERS)
+            end = next_border(text, start + PIECE_CHARACTERS, start + LONGEST_PIECE)
         yield text[start:end]
         start = end
     if start < len(text):
@@ -86,9 +94,11 @@ def last_border(text: str, start: int, stop: int) -> int | None:
     return None
 
 
-def next_border(text: str, start: int) -> int:
-    """The first border at or after start, else the end of the text."""
-    return next((i for i in range(start, len(text)) if is_border(text, i)), len(text))
+def next_border(text: str, start: int, stop: int) -> int:
+    """The first border in start <= i < stop, else stop or the end of the text."""
+    stop = min(stop, len(text))
+    found = _BORDER.search(text, start, stop)
+    return found.start() if found else stop
 
 
 class _Walk:
@@ -138,7 +148,20 @@ class _Hub:
         except Exception as error:  # the library's, the hub's and the network's own errors are all the same here
             reason = " ".join(str(error).split())[:200]
             raise RequestError(f"hf:{self.name} cannot be opened ({type(error).__name__}: {reason})") from error
-        yield from _whole_documents(_texts(rows, f"hf:{self.name}", "row"))
+        yield from _whole_documents(_texts(self._unbroken(rows), f"hf:{self.name}", "row"))
+
+    def _unbroken(self, rows: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # a lost connection or a damaged file, whatever the library makes of it
+                reason = " ".join(str(error).split())[:200]
+                raise WorkError(
+                    f"hf:{self.name} broke off ({type(error).__name__}: {reason}): run the command again"
+                ) from error
+            yield row
 
 
 def file_format(path: Path) -> str | None:
@@ -156,12 +179,45 @@ def open_bytes(path: Path) -> IO[bytes]:
             case ".gz":
                 return gzip.open(path, "rb")  # type: ignore[return-value]
             case ".zst":
-                import zstandard
-
-                return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+                return io.BufferedReader(_ZstdReader(path), PIECE_CHARACTERS)
         return open(path, "rb")
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+
+
+class _ZstdReader(io.RawIOBase):
+    """A .zst file's bytes, all its frames. Raises EOFError where it is cut short, unlike zstandard's own reader."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)  # up to what `zstd --long=31` writes
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed, self._plain = b"", memoryview(b"")
+        self._file = open(path, "rb")  # noqa: SIM115
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        while not self._plain:
+            packed = self._packed or self._file.read(2**16)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends before its last frame does")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._plain, self._packed = memoryview(self._frame.decompress(packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        target = memoryview(buffer).cast("B")
+        n = min(len(target), len(self._plain))
+        target[:n], self._plain = self._plain[:n], self._plain[n:]
+        return n
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _blocks(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[bytes]:
@@ -181,14 +237,17 @@ def _text_document(path: Path) -> Iterator[Piece]:
     """A whole .txt file as one document; an empty file is none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     text, first, place = "", True, 0
+    searched = 0  # there is no border before
     for block in _blocks(path):
         text += _decode(decoder, block, path, place)
         place += len(block)
         if len(text) <= PIECE_CHARACTERS:
             continue
-        end = last_border(text, 0, len(text))
-        if end is None:
+        end = last_border(text, searched, len(text))
+        if end is None and len(text) < LONGEST_PIECE:
+            searched = len(text) - 1
             continue  # no white space yet: the piece grows
+        end, searched = end or len(text), 0
         for part in cut(text[:end]):
             yield Piece(part, first)
             first = False
@@ -217,14 +276,18 @@ def _json_lines(path: Path) -> Iterator[str]:
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise RequestError(f"{path} is not UTF-8 at byte {place + error.start}") from error
+                    raise RequestError(
+                        f"{path} is not UTF-8 at byte {place + error.start} (line {number}): convert it to UTF-8"
+                    ) from error
                 place += len(line)
                 if not text.strip():
                     continue
                 try:
                     yield json.loads(text)
-                except ValueError as error:
-                    raise RequestError(f"{path}, line {number} is not JSON: {error}") from error
+                except (ValueError, RecursionError) as error:
+                    raise RequestError(
+                        f"{path}, line {number} is not JSON ({error}): each line must be an object with a string `text`"
+                    ) from error
 
     return _texts(rows(), str(path), "line")
 
@@ -257,7 +320,9 @@ def _parquet_rows(path: Path) -> Iterator[str]:
                     if not isinstance(text, str):
                         raise RequestError(f"{path}: the column `text` holds {type(text).__name__}, not text")
                     yield text
-    except (OSError, pyarrow.ArrowException) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # pyarrow's, the decompressors' and Unicode's
         raise RequestError(f"{path} is damaged or no parquet file: {error}") from error
 
 
@@ -267,7 +332,7 @@ def _texts(rows: Iterable[Any], where: str, unit: str) -> Iterator[str]:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise RequestError(f"{where}, {unit} {number} has no text: each must be an object with a string `text`")
-        yield text
+        yield text if text.isascii() else utf8(text).decode()  # JSON can hold lone surrogates
 
 
 def _whole_documents(texts: Iterable[str]) -> Iterator[Piece]:

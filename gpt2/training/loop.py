@@ -187,13 +187,13 @@ def warm_up(mean_loss: MeanLoss, model: GPT, config: Config, device: torch.devic
     try:
         with torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda"):
             idx = torch.zeros(config.train.micro_batch, config.model.n_ctx, dtype=torch.int64, device=device)
-            mean_loss(idx, idx).backward()  # type: ignore[no-untyped-call]
+            mean_loss(idx, idx.clone()).backward()  # type: ignore[no-untyped-call]
             model.zero_grad(set_to_none=True)
             if config.train.compile:
                 model.eval()
                 idx = torch.zeros(config.eval.batch, config.model.n_ctx, dtype=torch.int64, device=device)
                 with torch.no_grad():
-                    mean_loss(idx, idx)
+                    mean_loss(idx, idx.clone())  # not idx twice: the compiler would count on it
     except torch.OutOfMemoryError as error:
         raise WorkError(
             f"train.micro_batch = {config.train.micro_batch} does not fit into the memory of {device}: "

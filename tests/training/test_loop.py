@@ -108,6 +108,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny: Config, tmp_path: Path
     assert steps == list(range(1, 13))
 
 
+def test_warm_up_compiles_all_that_training_and_validation_need(tiny: Config, tmp_path: Path) -> None:
+    """No step and no validation, short last batches included, waits for the compiler."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    run = start_run(
+        changed(tiny, train__compile=True, train__steps=5, eval__every=2, eval__windows=0), tmp_path / "run"
+    )
+    train(run, quiet=True)
+    assert counters["stats"]["unique_graphs"] == 2  # one to train with, one to validate with
+
+
 def test_another_seed_gives_other_weights(tiny: Config, tmp_path: Path) -> None:
     for seed in (1, 2):
         config = changed(tiny, train__steps=2, train__seed=seed)
