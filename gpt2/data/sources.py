@@ -9,6 +9,7 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def open_source(source: str) -> Iterable[Piece]:
         return _Walk([embedded_corpus()], None)
     if source.startswith("hf:"):
         return _Hub(source.removeprefix("hf:"))
-    if has_magic(source) and not Path(source).exists():
+    if has_magic(source) and not os.path.exists(source):
         return _Walk([Path(path) for path in sorted(glob(source, recursive=True))], source)
     return _Walk([Path(source)], source)
 
@@ -107,9 +108,9 @@ class _Walk:
     def __init__(self, paths: list[Path], source: str | None) -> None:
         self.files: list[Path] = []
         for path in paths:
-            if path.is_dir():
+            if os.path.isdir(path):  # unlike path.is_dir(), no error for a name that is too long
                 self.files += sorted(p for p in path.rglob("*") if p.is_file() and file_format(p) is not None)
-            elif path.is_file():
+            elif os.path.isfile(path):
                 self.files.append(path)
             else:
                 raise RequestError(f"there is no file or directory {path}: SOURCE is a path, a glob, sotu or hf:NAME")
