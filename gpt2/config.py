@@ -389,11 +389,11 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         ),
         # Chosen for the lowest held-out bits per byte after three minutes on two CPU cores (docs/LOG.md).
         "demo": _preset(
-            GPTConfig(vocab_size=4096, n_ctx=128, n_layer=4, n_head=4, n_embd=128),
+            GPTConfig(vocab_size=8192, n_ctx=128, n_layer=2, n_head=4, n_embd=128),
             {
                 "optimizer": "muon",
-                "lr": 8e-3,
-                "muon_lr": 0.02,
+                "lr": 1.6e-2,
+                "muon_lr": 0.04,
                 "weight_decay": 0.0,
                 "schedule": "linear",
                 "warmup_steps": 20,
