@@ -136,6 +136,8 @@ def config_to_hf(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
 
 def config_from_hf(values: Mapping[str, Any]) -> GPTConfig:
     """Our config from a config.json's contents. Raises RequestError where it is not GPT-2, naming the field."""
+    if not isinstance(values, Mapping):
+        raise RequestError("not a GPT-2 config.json: no JSON object")
     if values.get("model_type") != "gpt2":
         raise RequestError(f"model_type is {values.get('model_type')!r}: only GPT-2 models can be read")
     for name, wanted in _FIXED.items():

@@ -127,14 +127,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.wte.weight
+        with torch.random.fork_rng(devices=[]):  # torch's own first draws, which `initialize` overwrites, do not count
+            self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.n_ctx, config.n_embd)
+            self.drop = nn.Dropout(config.dropout)
+            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+            if config.tie_embeddings:
+                self.lm_head.weight = self.wte.weight
         self.initialize()
 
     def forward(
