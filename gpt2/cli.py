@@ -84,5 +84,5 @@ def help_text() -> str:
 def _complain(error: Exception, code: int) -> int:
     if os.environ.get("GPT2_DEBUG") == "1":
         raise error
-    print(f"gpt2: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"gpt2: {error}", file=sys.stderr)
     return code

@@ -5,9 +5,16 @@ Whoever finds the fault raises one of these with one line that names the thing a
 """
 
 
-class RequestError(Exception):
+class _OneLine(Exception):
+    """White space of the message is folded: it may quote what a user or a file said."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class RequestError(_OneLine):
     """The request was wrong (exit code 2): nothing was written."""
 
 
-class WorkError(Exception):
+class WorkError(_OneLine):
     """The request was right, the work failed (exit code 1): disk full, damaged file, lost device."""

@@ -173,7 +173,7 @@ def read_pretrained(path_or_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor
     except RequestError as error:
         raise RequestError(f"{directory}: {error}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RequestError(f"{directory} cannot be read: {' '.join(str(error).split())}") from error
+        raise RequestError(f"{directory} cannot be read: {error}") from error
 
 
 def read_config(directory: Path) -> GPTConfig:
