@@ -53,14 +53,15 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs) with S = cache.length + T
-        attend = explicit_attention if self._is_explicit(x) else flash_attention
+        attend = explicit_attention if self._is_explicit(q) else flash_attention
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))  # type: ignore[no-any-return]
 
-    def _is_explicit(self, x: Tensor) -> bool:
-        # On a CPU at short context the explicit formula is the faster one, forward and backward (docs/LOG.md).
-        return self.attention == "explicit" or (self.attention == "auto" and x.device.type == "cpu")
+    def _is_explicit(self, q: Tensor) -> bool:
+        # On a CPU torch's fused kernel in bfloat16 is the slower one, forward and backward (docs/LOG.md).
+        slow_flash = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        return self.attention == "explicit" or (self.attention == "auto" and slow_flash)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

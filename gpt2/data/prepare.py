@@ -5,6 +5,7 @@
 Only a fixed number of batches is under way at once, so memory does not grow with the corpus.
 """
 
+import itertools
 import multiprocessing
 import os
 import threading
@@ -221,7 +222,7 @@ class Encoder:
         batches = iter(batches)
         first = [batch for _, batch in zip(range(3), batches, strict=False)]
         if len(first) < 3 or self.processes == 1:  # not worth a process
-            for name, batch in (*first, *batches):
+            for name, batch in itertools.chain(first, batches):
                 yield name, encode_batch(self.tokenizer, batch)
             return
         self.pool = ProcessPoolExecutor(
@@ -231,7 +232,7 @@ class Encoder:
             (None if self.tokenizer.name == "gpt2" else self.tokenizer,),
         )
         try:
-            for name, batch in (*first, *batches):
+            for name, batch in itertools.chain(first, batches):
                 under_way.append((name, self.pool.submit(_work, batch)))
                 if len(under_way) > 2 * self.processes + 1:
                     name, future = under_way.popleft()

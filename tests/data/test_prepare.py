@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from gpt2.cli import main
 from gpt2.data import prepare as prepare_module
 from gpt2.data import sources
-from gpt2.data.prepare import Splitter, SplitWriter, prepare
+from gpt2.data.prepare import Encoder, Splitter, SplitWriter, prepare
 from gpt2.data.shards import FACTS, HEADER_BYTES, Dataset
 from gpt2.data.sources import Piece, embedded_corpus
 from gpt2.errors import RequestError, WorkError
+from gpt2.tokenizer import Tokenizer
 
 FILES = {"dataset.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
 properties = settings(deadline=None, derandomize=True, max_examples=200)
@@ -261,6 +262,26 @@ def test_several_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
             outs[processes] = tmp_path / f"{tokenizer}_{processes}"
             prepare(source, outs[processes], tokenizer, 0.1, 5_000, processes)
         assert everything(outs[1]) == everything(outs[2])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_only_a_few_batches_are_under_way(processes):
+    """What bounds the memory: batches are taken from the source as tokens are handed on."""
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        for i in range(60):
+            taken += 1
+            yield "train", [(True, f"document {i}")]
+
+    tokenizer = Tokenizer.from_name("bytes")
+    with Encoder(tokenizer, processes) as encode:
+        for given_out, (name, tokens) in enumerate(encode(batches())):
+            assert name == "train"
+            assert tokens.tolist() == [256, *f"document {given_out}".encode()]
+            assert taken - given_out <= 2 * processes + 3
+    assert taken == 60
 
 
 def test_a_worker_that_is_killed_ends_in_one_line(tmp_path, monkeypatch):
