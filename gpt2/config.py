@@ -400,7 +400,11 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
                 "min_lr_ratio": 0.0,
             },
             {"batch_tokens": 1_024, "micro_batch": 8, "steps": 0, "minutes": 3.0},
-            {"eval": EvalConfig(every=400), "checkpoint": CheckpointConfig(every=0)},
+            {
+                "eval": EvalConfig(every=400),
+                "checkpoint": CheckpointConfig(every=0),
+                "log": LogConfig(every=25),
+            },
         ),
     }
 )

@@ -169,10 +169,7 @@ class Tokenizer:
         pairs = []
         for token in self.token_bytes[:-1]:
             if len(token) > 1:
-                rank = self.ranks[token]
-                cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
-                possible = [(a, b) for a, b in cuts if self.ranks.get(a, rank) < rank and self.ranks.get(b, rank) < rank]
-                a, b = possible[0] if len(possible) == 1 else _merge_until(self.ranks, token, rank)
+                a, b = _merge_until(self.ranks, token, self.ranks[token])
                 pairs.append((a, b))
         return pairs
 

@@ -88,7 +88,7 @@ def evaluate_loss(
         idx[:n], targets[:n] = tokens[:-1], tokens[1:]
         x = torch.from_numpy(idx).view(batch, context).to(device)
         y = torch.from_numpy(targets).view(batch, context).to(device)
-        nats += mean_loss(x, y).double().item() * n
+        nats += mean_loss(x, y).item() * n
         text_bytes += int(lengths[tokens[1:]].sum())
     return LossResult(nats, total, text_bytes, time.perf_counter() - started)
 

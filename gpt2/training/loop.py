@@ -185,7 +185,7 @@ def warm_up(mean_loss: MeanLoss, model: GPT, config: Config, device: torch.devic
     """
     started = time.perf_counter()
     try:
-        with torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda"):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             idx = torch.zeros(config.train.micro_batch, config.model.n_ctx, dtype=torch.int64, device=device)
             mean_loss(idx, idx.clone()).backward()  # type: ignore[no-untyped-call]
             model.zero_grad(set_to_none=True)
