@@ -389,7 +389,7 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         ),
         # Chosen for the lowest held-out bits per byte after three minutes on two CPU cores (docs/LOG.md).
         "demo": _preset(
-            GPTConfig(vocab_size=8192, n_ctx=128, n_layer=2, n_head=4, n_embd=128),
+            GPTConfig(vocab_size=8192, n_ctx=64, n_layer=2, n_head=4, n_embd=128),
             {
                 "optimizer": "muon",
                 "lr": 1.6e-2,
@@ -399,9 +399,9 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
                 "warmup_steps": 20,
                 "min_lr_ratio": 0.0,
             },
-            {"batch_tokens": 1_024, "micro_batch": 8, "steps": 0, "minutes": 3.0},
+            {"batch_tokens": 1_024, "micro_batch": 16, "steps": 0, "minutes": 3.0},
             {
-                "eval": EvalConfig(every=400),
+                "eval": EvalConfig(every=400, batch=64),
                 "checkpoint": CheckpointConfig(every=0),
                 "log": LogConfig(every=25),
             },

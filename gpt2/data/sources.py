@@ -1,6 +1,6 @@
 """Where text comes from: files of several formats, the embedded corpus, a streamed hub dataset -> documents.
 
-A document is a sequence of pieces of about a megabyte, so that a text of any size passes through flat memory.
+A document is a sequence of pieces of about 64 KB, so that a text of any size passes through flat memory.
 Pieces are cut where tokens never cross, which makes the tokens of the pieces the tokens of the whole.
 """
 
@@ -23,8 +23,8 @@ from gpt2.tokenizer import utf8
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-PIECE_CHARACTERS = 2**20
-LONGEST_PIECE = 16 * 2**20
+PIECE_CHARACTERS = 2**16  # with a megabyte, the allocator's heap grows to several times as much
+LONGEST_PIECE = 2**20
 """A text without a border for this many characters is cut all the same, within a word: memory stays flat."""
 _BORDER = re.compile(r"(?<=\S)[ \n]")  # what is_border tells of one place
 _FORMATS = (".txt", ".jsonl", ".parquet")
@@ -221,12 +221,12 @@ class _ZstdReader(io.RawIOBase):
         super().close()
 
 
-def _blocks(path: Path, size: int = PIECE_CHARACTERS) -> Iterator[bytes]:
+def _blocks(path: Path) -> Iterator[bytes]:
     """The file's bytes in blocks. Raises RequestError where it is not what its name says."""
     with open_bytes(path) as file:
         while True:
             try:
-                block = file.read(size)
+                block = file.read(PIECE_CHARACTERS)
             except Exception as error:  # gzip, zlib and zstandard have each their own
                 raise RequestError(f"{path} is damaged: {error}") from error
             if not block:

@@ -190,7 +190,7 @@ lines = st.lists(
 )
 
 
-@settings(properties, max_examples=500)
+@settings(properties, max_examples=300)
 @given(
     documents=st.lists(lines.map("".join), min_size=1, max_size=6),
     fraction=st.sampled_from(["0.05", "0.1", "0.25", "0.3", "0.5"]),
