@@ -7,6 +7,7 @@ each section checks itself when it is made and raises RequestError with one line
 
 import dataclasses
 import difflib
+import math
 import sys
 import tomllib
 import types
@@ -46,13 +47,13 @@ class GPTConfig:
     """flash: scaled_dot_product_attention; explicit: the softmax formula; auto: the faster on the device."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "model")
         for name in ("vocab_size", "n_ctx", "n_layer", "n_head", "n_embd", "pad_vocab_to"):
             _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         _require(0 < self.layer_norm_epsilon < 1, "model.layer_norm_epsilon", self.layer_norm_epsilon, "in (0, 1)")
         divides = self.n_embd % self.n_head == 0
         _require(divides, "model.n_head", self.n_head, f"a divisor of model.n_embd = {self.n_embd}")
-        _require_choices(self, "model")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -94,6 +95,7 @@ class OptimConfig:
     """wsd: the part of the run, at its end, in which the rate decays."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "optim")
         for name in ("lr", "muon_lr", "eps"):
             _require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "above 0")
         for name in ("beta1", "beta2", "muon_momentum"):
@@ -102,7 +104,6 @@ class OptimConfig:
             _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "at least 0")
         _require(0 <= self.min_lr_ratio <= 1, "optim.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         _require(0 < self.decay_fraction <= 1, "optim.decay_fraction", self.decay_fraction, "in (0, 1]")
-        _require_choices(self, "optim")
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,12 @@ class TrainConfig:
     """torch.compile the network."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "train")
         for name in ("steps", "minutes", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
         for name in ("batch_tokens", "micro_batch"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(self.steps > 0 or self.minutes > 0, "train.steps", self.steps, "above 0, or train.minutes must be")
-        _require_choices(self, "train")
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class EvalConfig:
     """Tokens a sample."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "eval")
         for name in ("every", "windows", "sample_every", "sample_tokens"):
             _require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "at least 0")
         _require(self.batch >= 1, "eval.batch", self.batch, "at least 1")
@@ -178,6 +180,7 @@ class CheckpointConfig:
     """The one with the lowest validation loss stays too."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "checkpoint")
         _require(self.every >= 0, "checkpoint.every", self.every, "at least 0")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
 
@@ -192,8 +195,8 @@ class LogConfig:
     """A metrics service to write to as well (pip install 'build-gpt2[logging]')."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "log")
         _require(self.every >= 1, "log.every", self.every, "at least 1")
-        _require_choices(self, "log")
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,9 @@ class Config:
     def __post_init__(self) -> None:
         batch, n_ctx = self.train.batch_tokens, self.model.n_ctx
         if batch % n_ctx != 0:
-            below = batch // n_ctx * n_ctx
-            nearest = f"{below} or {below + n_ctx}" if below else str(n_ctx)
-            raise RequestError(f"train.batch_tokens = {batch} is no multiple of model.n_ctx = {n_ctx}: use {nearest}")
+            raise RequestError(
+                f"train.batch_tokens = {batch} is no multiple of model.n_ctx = {n_ctx}: use {_multiples(batch, n_ctx)}"
+            )
 
     @property
     def batch_windows(self) -> int:
@@ -226,8 +229,9 @@ class Config:
             return windows // at_once
         fitting = [m for m in range(1, windows + 1) if windows % (m * world_size) == 0]
         if not fitting:
+            tokens = _multiples(self.train.batch_tokens, self.model.n_ctx * world_size)
             raise RequestError(
-                f"{windows} windows a step cannot be shared by {world_size} processes: change the number"
+                f"{windows} windows a step cannot be shared by {world_size} processes: use train.batch_tokens {tokens}"
             )
         nearest = sorted(sorted(fitting, key=lambda m: abs(m - self.train.micro_batch))[:2])
         raise RequestError(
@@ -266,7 +270,7 @@ def from_dict(values: Mapping[str, Any], base: Config | None = None) -> Config:
         if not hasattr(base, section) or section not in {f.name for f in dataclasses.fields(base)}:
             raise RequestError(f"there is no section [{section}]{_closest(section, to_dict(base))}")
         if not isinstance(fields, Mapping):
-            raise RequestError(f"[{section}] must be a table of fields, not {fields!r}")
+            raise RequestError(f"[{section}] must be a table of fields, not {_shown(fields)}")
         old = getattr(base, section)
         hints = get_type_hints(type(old))
         for name, _value in fields.items():
@@ -281,7 +285,7 @@ def from_toml(text: str, base: Config | None = None, name: str = "the config") -
     """A config from TOML. Raises RequestError that names `name` and the line or the field."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own, numbers too long for Python, brackets too deep
         raise RequestError(f"{name} is not TOML: {error}") from error
     try:
         return from_dict(values, base)
@@ -316,17 +320,27 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(to_dict(config))
 
 
+def _multiples(number: int, of: int) -> str:
+    """The two multiples that enclose the number."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
         raise RequestError(f"{name} = {value} must be {wanted}")
 
 
-def _require_choices(section: Any, prefix: str) -> None:
-    """Checks the fields whose type is a Literal."""
+def _check_values(section: Any, prefix: str) -> None:
+    """What no field of a type may be: a word that is not among the choices, not finite, beyond 64 bits."""
     for name, hint in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise RequestError(f"{prefix}.{name} = {value!r} must be one of {', '.join(get_args(hint))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{prefix}.{name} = {value} must be a finite number")
+        if isinstance(value, int) and value.bit_length() > 63:
+            raise RequestError(f"{prefix}.{name} = {_shown(value)} must be a whole number of 64 bits")
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -345,7 +359,16 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return value
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     wanted = " or ".join(names.get(kind, "a word") for kind in allowed)
-    raise RequestError(f"{name} = {value!r} must be {wanted}")
+    raise RequestError(f"{name} = {_shown(value)} must be {wanted}")
+
+
+def _shown(value: object) -> str:
+    """The value for a message, cut short. Python refuses to write a whole number of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _closest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:

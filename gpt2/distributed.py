@@ -24,7 +24,7 @@ class Distributed:
     @classmethod
     def from_environment(cls, device: str = "auto") -> "Distributed":
         """Reads torchrun's variables. Raises RequestError for a device that is not here or several processes."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RequestError("training runs in one process: start `gpt2 train` without torchrun")
         return cls(rank=0, world_size=1, device=find_device(device))
 
@@ -43,9 +43,10 @@ def find_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in available:
-        raise RequestError(f"train.device = {name!r} is not here: use one of {', '.join(available)}, or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"train.device = {name!r} is not here: this machine has {torch.cuda.device_count()} GPU(s)")
+        raise RequestError(f"the device {name!r} is not here: use one of {', '.join(available)}, or auto")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if not 0 <= (device.index or 0) < count:
+        raise RequestError(f"the device {name!r} is not here: this machine has {count} of type {device.type}")
     return device
 
 

@@ -6,7 +6,8 @@ And the padded rows of our embedding exist in memory only: they are dropped here
 """
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tenso
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     given = {name: t for name, t in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
     result = {}
-    for name, shape in _shapes(config).items():
+    for name, shape in _shapes(config):
         if name not in given:
             raise RequestError(f"the tensor {name} is missing: the file is not a whole GPT-2 of its config.json")
         tensor = given.pop(name)
@@ -79,33 +80,28 @@ def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tenso
     return result
 
 
-def _shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(config: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Hugging Face's tensors (without their prefix) and shapes; a tied lm_head is not stored."""
     C = config.n_embd
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (config.vocab_size, C),
-        "wpe.weight": (config.n_ctx, C),
-    }
+    yield "wte.weight", (config.vocab_size, C)
+    yield "wpe.weight", (config.n_ctx, C)
     for layer in range(config.n_layer):
-        for name, shape in {
-            "ln_1.weight": (C,),
-            "ln_1.bias": (C,),
-            "attn.c_attn.weight": (C, 3 * C),
-            "attn.c_attn.bias": (3 * C,),
-            "attn.c_proj.weight": (C, C),
-            "attn.c_proj.bias": (C,),
-            "ln_2.weight": (C,),
-            "ln_2.bias": (C,),
-            "mlp.c_fc.weight": (C, 4 * C),
-            "mlp.c_fc.bias": (4 * C,),
-            "mlp.c_proj.weight": (4 * C, C),
-            "mlp.c_proj.bias": (C,),
-        }.items():
-            shapes[f"h.{layer}.{name}"] = shape
-    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+        yield f"h.{layer}.ln_1.weight", (C,)
+        yield f"h.{layer}.ln_1.bias", (C,)
+        yield f"h.{layer}.attn.c_attn.weight", (C, 3 * C)
+        yield f"h.{layer}.attn.c_attn.bias", (3 * C,)
+        yield f"h.{layer}.attn.c_proj.weight", (C, C)
+        yield f"h.{layer}.attn.c_proj.bias", (C,)
+        yield f"h.{layer}.ln_2.weight", (C,)
+        yield f"h.{layer}.ln_2.bias", (C,)
+        yield f"h.{layer}.mlp.c_fc.weight", (C, 4 * C)
+        yield f"h.{layer}.mlp.c_fc.bias", (4 * C,)
+        yield f"h.{layer}.mlp.c_proj.weight", (4 * C, C)
+        yield f"h.{layer}.mlp.c_proj.bias", (C,)
+    yield "ln_f.weight", (C,)
+    yield "ln_f.bias", (C,)
     if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, C)
-    return shapes
+        yield "lm_head.weight", (config.vocab_size, C)
 
 
 def config_to_hf(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
@@ -140,21 +136,22 @@ def config_from_hf(values: Mapping[str, Any]) -> GPTConfig:
         raise RequestError("not a GPT-2 config.json: no JSON object")
     if values.get("model_type") != "gpt2":
         raise RequestError(f"model_type is {values.get('model_type')!r}: only GPT-2 models can be read")
-    for name, wanted in _FIXED.items():
-        value = values.get(name, wanted)
-        if value != wanted and not (name == "n_inner" and value == 4 * values.get("n_embd", 0)):
-            raise RequestError(f"{name} is {value!r} where GPT-2 has {wanted!r}: only GPT-2 models can be read")
     try:
+        n_embd = int(values["n_embd"])
+        for name, wanted in _FIXED.items():
+            value = values.get(name, wanted)
+            if value != wanted and not (name == "n_inner" and value == 4 * n_embd):
+                raise RequestError(f"{name} is {value!r} where GPT-2 has {wanted!r}: only GPT-2 models can be read")
         return GPTConfig(
             vocab_size=int(values["vocab_size"]),
             n_ctx=int(values.get("n_positions", values.get("n_ctx", 1024))),
             n_layer=int(values["n_layer"]),
             n_head=int(values["n_head"]),
-            n_embd=int(values["n_embd"]),
+            n_embd=n_embd,
             layer_norm_epsilon=float(values.get("layer_norm_epsilon", 1e-5)),
             tie_embeddings=bool(values.get("tie_word_embeddings", True)),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RequestError(f"not a GPT-2 config.json: {type(error).__name__} {error}") from error
 
 
@@ -168,12 +165,17 @@ def read_pretrained(path_or_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor
     try:
         tensors: dict[str, Tensor] = {}
         for file in _weight_files(directory):
-            tensors |= load_file(file)
+            tensors |= _load(file)
         return config, from_hf(tensors, config)
     except RequestError as error:
         raise RequestError(f"{directory}: {error}") from error
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RequestError(f"{directory} cannot be read: {error}") from error
+        raise RequestError(f"{file.name} cannot be read: {error}") from error
 
 
 def read_config(directory: Path) -> GPTConfig:
@@ -182,20 +184,20 @@ def read_config(directory: Path) -> GPTConfig:
         return config_from_hf(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except RequestError as error:
         raise RequestError(f"{directory}: {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{directory / 'config.json'} cannot be read: {error}") from error
 
 
 def local_directory(path_or_id: str | Path) -> Path:
     """The directory itself, or a hub id's files after a download. Raises RequestError."""
     path = Path(path_or_id)
-    if path.is_dir():
+    if os.path.isdir(path):  # where Path.is_dir raises (a name too long, a folder closed to us), this is False
         if not (path / "config.json").is_file():
             raise RequestError(
                 f"{path} holds no config.json: name a run, a checkpoint or a Hugging Face GPT-2 directory"
             )
         return path
-    if path.exists() or str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/", "~")):
+    if os.path.exists(path) or str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/", "~")):
         raise RequestError(f"there is no directory {path}: name a run, a checkpoint or a Hugging Face GPT-2 model")
     from huggingface_hub import snapshot_download
 
@@ -212,8 +214,12 @@ def _weight_files(directory: Path) -> list[Path]:
     """model.safetensors, or the shards that model.safetensors.index.json names."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = any(Path(name).name != name for name in names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RequestError(f"{index.name} does not list the files: {type(error).__name__} {error}") from error
+        if outside:
             raise RequestError("model.safetensors.index.json names a file outside the directory")
         return [directory / name for name in names]
     single = directory / "model.safetensors"

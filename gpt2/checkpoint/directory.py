@@ -11,8 +11,10 @@ later, which the checksums show.
 """
 
 import json
+import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,13 +161,13 @@ def remove_checkpoint(path: Path) -> None:
 
 def is_run(path: Path) -> bool:
     """Whether the directory is a run: it has a config.toml, which appears with the directory itself."""
-    return (path / "config.toml").is_file()
+    return os.path.isfile(path / "config.toml")  # False, not an error, where a folder is closed to us
 
 
 def resolve_model(path_or_id: str | Path) -> str | Path:
     """MODEL of the command line: a run stands for its newest good checkpoint, all else for itself.
 
-    Raises WorkError where the run has no good checkpoint.
+    Warns where a newer one is damaged. Raises WorkError where the run has no good checkpoint.
     """
     path = Path(path_or_id)
     if not is_run(path):
@@ -174,4 +176,6 @@ def resolve_model(path_or_id: str | Path) -> str | Path:
     if newest is None:
         reason = complaints[0] if complaints else "it has not reached its first one"
         raise WorkError(f"the run {path} has no good checkpoint: {reason}; train on with `gpt2 train --resume {path}`")
+    for complaint in complaints:
+        warnings.warn(f"{complaint}; {newest.name} is taken instead", stacklevel=2)
     return newest

@@ -147,7 +147,7 @@ class Engine:
         if any(not text for text in stops):
             raise RequestError("a stop text must not be empty")
         if seed is None:
-            seed = torch.seed()
+            seed = torch.Generator().seed()  # torch.seed() would seed the caller's generator anew
         generators = [torch.Generator().manual_seed((seed + i * 0x9E3779B97F4A7C15) % 2**63) for i in range(n)]
         return [_Sequence(generator, stops, StreamDecoder(self.tokenizer)) for generator in generators]
 

@@ -21,7 +21,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature {self.temperature} must be at least 0")
+            raise RequestError(f"temperature {self.temperature} must be at least 0 and finite")
         if self.top_k is not None and self.top_k < 1:
             raise RequestError(f"top_k {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -33,16 +33,16 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits.float()
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
+    # The maximum becomes 0, so that a tiny temperature overflows to -inf only; below float32's range it would be 0.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
     # A stable descending order decides ties by the lower id, so that top_k keeps exactly k.
     ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
     if sampling.top_k is not None:
         ordered[..., sampling.top_k :] = float("-inf")
     chances = torch.softmax(ordered, dim=-1)
-    if sampling.top_p is not None:
-        before = chances.cumsum(-1) - chances  # what the likelier candidates have together
-        chances = chances.masked_fill(before >= sampling.top_p, 0.0)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        before = chances.cumsum(-1) - chances  # of the likelier candidates together; 0 for the first, which stays
+        chances = chances.masked_fill((before >= sampling.top_p) & (before > 0), 0.0)
         chances = chances / chances.sum(-1, keepdim=True)
     return torch.zeros_like(chances).scatter(-1, ids, chances)
 
