@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from gpt2.errors import RequestError, WorkError
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit code (0 done, 1 failed, 2 wrong request, 128 + n stopped by signal n)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _run(argv)
     except RequestError as error:
         return _complain(error, WRONG_REQUEST)
     except WorkError as error:
@@ -79,6 +82,10 @@ def help_text() -> str:
             "Exit codes: 0 done, 1 failed, 2 wrong request, 130 / 143 / 138 stopped by SIGINT / SIGTERM / SIGUSR1.",
         ]
     )
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: object) -> None:
+    print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -49,7 +49,7 @@ def to_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
 def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """Hugging Face's tensors, or OpenAI's own (no prefix, mask buffers), as our state_dict in float32.
 
-    Raises RequestError for a tensor that is missing, unknown or of another shape, and where a stored
+    Raises RequestError for a tensor that is missing, unknown or of another shape or kind, and where a stored
     lm_head is not the wte that the config says it is tied to.
     """
     given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -61,6 +61,9 @@ def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tenso
         tensor = given.pop(name)
         if tuple(tensor.shape) != shape:
             raise RequestError(f"the tensor {name} has shape {tuple(tensor.shape)} where config.json says {shape}")
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise RequestError(f"the tensor {name} holds {kind}, not floating-point numbers")
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
         if name in ("wte.weight", "lm_head.weight"):

@@ -189,6 +189,7 @@ class GPT(nn.Module):
                 module.bias.zero_()
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+        self.ln_f.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> "GPT":

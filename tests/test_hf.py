@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -15,7 +17,7 @@ from gpt2 import hf
 from gpt2.checkpoint.directory import TrainingState, write_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.errors import RequestError
-from gpt2.inference.engine import load
+from gpt2.inference import engine
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
@@ -25,6 +27,16 @@ CONFIG = GPTConfig(vocab_size=300, n_ctx=16, n_layer=2, n_head=2, n_embd=16)
 def model_of(config: GPTConfig = CONFIG) -> GPT:
     torch.manual_seed(0)
     return GPT(config)
+
+
+def refused(directory: str | Path, *expected: str) -> None:
+    """Reading it is refused in one line that says all that is expected."""
+    with pytest.raises(RequestError) as error:
+        GPT.from_pretrained(directory)
+    said = str(error.value)
+    assert len(said.splitlines()) == 1
+    for text in expected:
+        assert text in said
 
 
 def write(directory: Path, tensors: dict[str, Tensor], **changes: object) -> Path:
@@ -84,8 +96,92 @@ def test_shards_are_read(tmp_path: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(GPT.from_pretrained(directory).wte.weight[:300], tensors["transformer.wte.weight"])
     (directory / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(RequestError, match="cannot be read"):
-        GPT.from_pretrained(directory)
+    refused(directory, str(directory), "model-00002-of-00002.safetensors cannot be read")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"wte.weight": 3}}',
+        '{"weight_map": {"wte.weight": ["a"]}}',
+        '{"weight_map": {"wte.weight": "../model.safetensors"}}',
+        '{"weight_map": {"wte.weight": "/etc/passwd"}}',
+        '{"weight_map": {"wte.weight": ".."}}',
+        '{"weight_map": {"wte.weight": ""}}',
+        '{"weight_map": {}}',
+        "[" * 5000,
+    ],
+)
+def test_a_bad_list_of_shards_is_one_line(tmp_path: Path, text: str) -> None:
+    directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
+    (directory / "model.safetensors.index.json").write_text(text)
+    refused(directory, str(directory))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: t.to(dtype) for name, t in hf.to_hf(model_of().state_dict(), CONFIG).items()}
+    model = GPT.from_pretrained(write(tmp_path / "m", tensors))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, tensor in hf.to_hf(model.state_dict(), CONFIG).items():
+        assert torch.equal(tensor, tensors[name].float()), name
+
+
+def test_an_untied_head_gives_the_same_logits_there(tmp_path: Path) -> None:
+    config = replace(CONFIG, tie_embeddings=False)
+    model = model_of(config).eval()
+    values = hf.config_to_hf(config, 299)
+    assert values["tie_word_embeddings"] is False
+    directory = write(tmp_path / "m", hf.to_hf(model.state_dict(), config), tie_word_embeddings=False)
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    idx = torch.arange(16)[None]
+    assert not torch.equal(theirs.lm_head.weight, theirs.transformer.wte.weight)
+    torch.testing.assert_close(theirs(idx).logits, model(idx)[0], rtol=0, atol=1e-5)
+    back = GPT.from_pretrained(directory)
+    assert torch.equal(back(idx)[0], model(idx)[0])
+    tensors = hf.to_hf(model.state_dict(), config)
+    del tensors["lm_head.weight"]
+    refused(write(tmp_path / "n", tensors, tie_word_embeddings=False), "the tensor lm_head.weight is missing")
+
+
+def test_a_dropped_padding_comes_back_as_zeros(tmp_path: Path) -> None:
+    model = model_of()
+    model.wte.weight.data[300:] = 7.0  # cannot happen in training; must not reach the disk all the same
+    tensors = hf.to_hf(model.state_dict(), CONFIG)
+    assert tensors["transformer.wte.weight"].shape == (300, 16)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    read = GPT.from_pretrained(write(tmp_path / "m", tensors))
+    assert read.wte.weight.shape == (384, 16)
+    assert torch.count_nonzero(read.wte.weight[300:]) == 0
+
+
+def test_reading_draws_nothing_and_gives_a_network_to_evaluate_or_train(tmp_path: Path) -> None:
+    directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
+    before = torch.get_rng_state()
+    model = GPT.from_pretrained(str(directory))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+    assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(hf.to_hf(model_of().state_dict(), CONFIG)))
+def test_each_tensor_is_needed_in_its_shape_and_kind(name: str) -> None:
+    tensors = hf.to_hf(model_of().state_dict(), CONFIG)
+    ours = name.removeprefix("transformer.")
+    for wrong in (tensors[name][1:], tensors[name][..., None], tensors[name].flatten()[:1]):
+        with pytest.raises(RequestError) as error:
+            hf.from_hf(tensors | {name: wrong}, CONFIG)
+        said = f"the tensor {ours} has shape {tuple(wrong.shape)} where config.json says {tuple(tensors[name].shape)}"
+        assert str(error.value) == said
+    with pytest.raises(RequestError, match=f"the tensor {ours} holds int8, not floating-point numbers"):
+        hf.from_hf(tensors | {name: tensors[name].to(torch.int8)}, CONFIG)
+    del tensors[name]
+    with pytest.raises(RequestError, match=f"the tensor {ours} is missing"):
+        hf.from_hf(tensors, CONFIG)
 
 
 def without(name: str) -> Callable[[dict[str, Tensor]], None]:
@@ -127,19 +223,57 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: Callable[[dict[str, Ten
         ("model_type", "llama"),
         ("activation_function", "relu"),
         ("n_inner", 17),
+        ("model_type", None),
+        ("activation_function", "gelu"),
+        ("n_inner", 64.5),
+        ("add_cross_attention", True),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
         ("reorder_and_upcast_attn", True),
         ("n_layer", "two"),
         ("n_head", 3),
+        ("n_embd", 0),
+        ("layer_norm_epsilon", -1.0),
     ],
 )
 def test_other_architectures_are_named(tmp_path: Path, field: str, value: object) -> None:
     directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG), **{field: value})
-    with pytest.raises(RequestError) as error:
-        GPT.from_pretrained(directory)
-    assert "\n" not in str(error.value)
-    assert field in str(error.value) or "not a GPT-2 config.json" in str(error.value)
+    refused(directory, str(directory), "not a GPT-2 config.json" if value == "two" else field)
+
+
+def test_more_layers_than_there_are_is_a_missing_tensor(tmp_path: Path) -> None:
+    """Said at once, also where the config claims a thousand million of them."""
+    tensors = hf.to_hf(model_of().state_dict(), CONFIG)
+    refused(write(tmp_path / "m", tensors, n_layer=10**9), "h.2.ln_1.weight is missing")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.text(max_size=3), x, max_size=2),
+    max_leaves=3,
+)
+NUMBERS = st.sampled_from([0, -1, 2.5, 10**400, float("inf"), float("nan"), "2", "two", None, [], {}])
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(sorted(hf.config_to_hf(CONFIG, 299))), JSON | NUMBERS, max_size=3))
+def test_any_config_is_gpt2_or_one_line(changes: dict[str, object]) -> None:
+    values = hf.config_to_hf(CONFIG, 299) | changes
+    try:
+        config = hf.config_from_hf(values)
+    except RequestError as error:
+        said = str(error)
+    else:
+        assert hf.config_from_hf(hf.config_to_hf(config, 299)) == config
+        return
+    assert len(said.splitlines()) == 1
+
+
+def test_the_config_comes_back(tmp_path: Path) -> None:
+    for config in (CONFIG, replace(CONFIG, tie_embeddings=False, layer_norm_epsilon=1e-6), GPTConfig()):
+        assert hf.config_from_hf(json.loads(json.dumps(hf.config_to_hf(config, 1)))) == config
+    old = {"model_type": "gpt2", "vocab_size": 300, "n_ctx": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    assert hf.config_from_hf(old) == CONFIG  # OpenAI's own file: n_ctx, and the defaults unsaid
 
 
 def test_an_n_inner_that_says_what_gpt2_is_is_taken(tmp_path: Path) -> None:
@@ -158,51 +292,132 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, size: int) -> None:
     directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[:size])
-    with pytest.raises(RequestError, match="cannot be read") as error:
-        GPT.from_pretrained(directory)
-    assert "\n" not in str(error.value)
+    refused(directory, str(directory), "model.safetensors cannot be read")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": "gpt2"}', "null", '"x"'])
-def test_a_bad_config_is_one_line(tmp_path: Path, text: str) -> None:
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_damaged_header_is_one_line_or_the_same_network(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    state = model_of().state_dict()
+    directory = write(tmp_path_factory.getbasetemp() / "damaged", hf.to_hf(state, CONFIG))
+    file = directory / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content)
+    try:
+        model = GPT.from_pretrained(directory)
+    except RequestError as error:
+        said = str(error)
+    else:
+        assert model.state_dict().keys() == state.keys()
+        return
+    assert said.startswith(f"{directory}: ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b'{"model_type": "gpt2"}', b"null", b'"x"', b"\xff\xfe{", b"[" * 5000, b"NaN"]
+)
+def test_a_bad_config_is_one_line(tmp_path: Path, content: bytes) -> None:
     directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
-    (directory / "config.json").write_text(text)
-    with pytest.raises(RequestError) as error:
-        GPT.from_pretrained(directory)
-    assert "\n" not in str(error.value)
+    (directory / "config.json").write_bytes(content)
+    refused(directory, str(directory))
+
+
+TEXTS = (
+    "The people of these States, and it's 1790:\n\n  two  spaces, é 世界 — done. ",
+    " leading, trailing \n \t\r\n ",
+    "don't we'll I've you're he'd it's I'm 'S 1234567 3.14 ²½ Ⅻ",
+    "👩‍👩‍👧‍👦 é e\u0301 \u00a0\u3000 \x00\x1c \ufffd עברית ไทย",
+    "",
+)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bytes", "bpe:320"])
-def test_a_checkpoint_opens_in_transformers(tmp_path: Path, kind: str) -> None:
-    text = "The people of these States, and it's 1790:\n\n  two  spaces, é 世界 — done. " * 3
+def test_a_checkpoint_opens_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind.startswith("bpe"):
-        tokenizer = Tokenizer.train([text * 3 + "a state of the union of peoples " * 9], 320)
+        tokenizer = Tokenizer.train([TEXTS[0] * 9 + "a state of the union of peoples " * 9], 320)
     else:
         tokenizer = Tokenizer.from_name(kind)
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_ctx=128, n_layer=2, n_head=2, n_embd=16))
     for parameter in model.parameters():
-        parameter.data.mul_(4)  # far from an even guess, so that greedy choices are clear
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)  # far from an even guess: greedy choices are clear
+    model.wte.weight.data[tokenizer.vocab_size :] = 0
     step = write_checkpoint(tmp_path, model.config, model.state_dict(), tokenizer, {}, TrainingState(step=12))
     theirs = AutoModelForCausalLM.from_pretrained(step)
     their_tokenizer = AutoTokenizer.from_pretrained(step)
     assert type(theirs).__name__ == "GPT2LMHeadModel"
     assert theirs.dtype == torch.float32
     assert their_tokenizer.eos_token_id == tokenizer.eot == theirs.config.eos_token_id
-    ids = their_tokenizer(text).input_ids
-    assert ids == tokenizer.encode(text)
-    assert their_tokenizer.decode(ids) == text
+    for name, tensor in load_file(step / "model.safetensors").items():
+        assert torch.equal(theirs.state_dict()[name], tensor), name
+    for text in TEXTS:
+        ids = their_tokenizer(text).input_ids
+        assert ids == tokenizer.encode(text)
+        assert their_tokenizer.decode(ids) == text
 
-    prompt = "The people"
-    start = torch.tensor([tokenizer.encode(prompt)])
-    generated = theirs.generate(start, max_new_tokens=20, do_sample=False)[0, start.size(1) :].tolist()
-    if tokenizer.eot in generated:
-        generated = generated[: generated.index(tokenizer.eot)]
-    assert load(step).generate(prompt, max_tokens=20, temperature=0) == tokenizer.decode(generated)
+    chosen: list[int] = []
+
+    def noted(*args: object) -> int:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    choose = engine.sample
+    monkeypatch.setattr(engine, "sample", noted)
+    for prompt in ("The people", "é", ""):
+        start = torch.tensor([tokenizer.encode(prompt) or [tokenizer.eot]])
+        mask = torch.ones_like(start)
+        generated = theirs.generate(start, attention_mask=mask, max_new_tokens=20, do_sample=False)
+        expected = generated[0, start.size(1) :].tolist()
+        chosen.clear()
+        text = engine.load(step).generate(prompt, max_tokens=20, temperature=0)
+        assert chosen == expected
+        assert text == tokenizer.decode(expected)
+
+
+def test_what_transformers_writes_is_read_with_its_tokenizer(tmp_path: Path) -> None:
+    """Through their hands and back: GPT2Tokenizer's files, and a checkpoint saved again by them."""
+    tokenizer = Tokenizer.from_name("bytes")
+    config = replace(CONFIG, vocab_size=257)
+    step = write_checkpoint(tmp_path, config, model_of(config).state_dict(), tokenizer, {}, TrainingState())
+    AutoModelForCausalLM.from_pretrained(step).save_pretrained(tmp_path / "again")
+    AutoTokenizer.from_pretrained(step).save_pretrained(tmp_path / "again")
+    again = engine.load(tmp_path / "again")
+    assert again.tokenizer.hash == tokenizer.hash
+    assert again.model.config == config
+    for name, tensor in model_of(config).state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
 def test_names_that_are_nowhere_are_one_line(tmp_path: Path) -> None:
-    for name in ("./nowhere", str(tmp_path / "nothing"), str(tmp_path)):
-        with pytest.raises(RequestError) as error:
-            hf.read_pretrained(name)
-        assert "\n" not in str(error.value)
+    (tmp_path / "file").touch()
+    for name in ("./nowhere", str(tmp_path / "nothing"), str(tmp_path), str(tmp_path / "file"), "/" + "x" * 5000):
+        refused(name, str(Path(name)), "name a run, a checkpoint or a Hugging Face GPT-2")
+
+
+def test_a_hub_id_is_fetched_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
+    asked = {}
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked[name] = allow_patterns
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    assert GPT.from_pretrained("someone/small").config == CONFIG
+    assert asked == {"someone/small": ["*.json", "*.safetensors", "merges.txt"]}
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    for name in ("someone/small", "gpt2", "x" * 5000):
+        refused(name, f"{name} is neither a directory here nor a model that could be downloaded (ConnectionError)")

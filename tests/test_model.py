@@ -63,6 +63,15 @@ CASES = [
 ]
 
 
+def assert_gradients_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Every tensor, by the norm of the difference in parts of its own norm."""
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference, norm = torch.linalg.norm(ours[name] - gradient), torch.linalg.norm(gradient)
+        assert norm > 1e-6, name  # a trivial gradient would show nothing
+        assert difference / norm < 1e-4, name
+
+
 @pytest.mark.parametrize("attention", ["explicit", "flash"])
 @pytest.mark.parametrize(("config", "B", "T"), CASES)
 def test_equals_transformers(config: GPTConfig, B: int, T: int, attention: str) -> None:
@@ -78,15 +87,39 @@ def test_equals_transformers(config: GPTConfig, B: int, T: int, attention: str) 
     ours = hf.to_hf({name: p.grad for name, p in model.named_parameters()}, config)
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     assert ours.keys() == expected.keys()
-    for name, gradient in expected.items():
-        difference = torch.linalg.norm(ours[name] - gradient) / torch.linalg.norm(gradient).clamp(min=1e-12)
-        if T == 1 and name.endswith(("attn.c_attn.weight", "attn.c_attn.bias")):
-            continue  # one key only: the gradients of q and k are exactly 0 in both, their ratio is noise
-        assert difference < 1e-4 or torch.linalg.norm(gradient) < 1e-7, name
+    assert_gradients_equal(ours, expected)
 
 
-def test_ten_adamw_steps_equal_transformers() -> None:
+def test_their_own_loss_and_ignored_targets_equal_transformers() -> None:
+    """They shift inside, from labels."""
     model = perturbed(SMALL)
+    idx, _ = batch(SMALL, 3, 16)
+    labels = idx.clone()
+    labels[0, 4:9] = -100
+    targets = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], dim=1)
+    assert abs(model(idx, targets)[1].item() - oracle(model)(idx, labels=labels).loss.item()) < 1e-5
+
+
+def test_dropout_falls_where_theirs_does() -> None:
+    """After the embeddings, on the attention weights, before each addition: with one seed the same numbers."""
+    config = replace(SMALL, dropout=0.3, attention="explicit")
+    model = perturbed(config)
+    theirs = oracle(model)
+    idx, targets = batch(config, 2, 16)
+    torch.manual_seed(3)
+    logits, loss = model(idx, targets)
+    torch.manual_seed(3)
+    expected_logits, expected_loss = their_loss(theirs, idx, targets)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4)
+    loss.backward()
+    expected_loss.backward()
+    ours = hf.to_hf({name: p.grad for name, p in model.named_parameters()}, config)
+    assert_gradients_equal(ours, {name: p.grad for name, p in theirs.named_parameters()})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ten_adamw_steps_equal_transformers(tied: bool) -> None:
+    model = perturbed(replace(SMALL, tie_embeddings=tied))
     theirs = oracle(model)
     ours = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     other = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.1)
@@ -99,9 +132,13 @@ def test_ten_adamw_steps_equal_transformers() -> None:
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-    # The padding: its gradient was exactly 0 and weight decay takes nothing from 0.
-    assert torch.count_nonzero(model.wte.weight.grad[300:]) == 0
-    assert torch.count_nonzero(model.wte.weight[300:]) == 0
+        # The padding: its gradient is exactly 0 and weight decay takes nothing from 0.
+        for weight in (model.wte.weight, model.lm_head.weight):
+            assert torch.count_nonzero(weight.grad[300:]) == 0
+            assert torch.count_nonzero(weight[300:]) == 0
+    expected_weights = {name: p.detach() for name, p in theirs.named_parameters()}
+    for name, tensor in hf.to_hf(model.state_dict(), model.config).items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +168,30 @@ def test_explicit_equals_flash_attention_forward_and_backward(T: int, S: int) ->
     (b * weight).sum().backward()
     for p, q in zip(first, second, strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 7, 16])
+def test_the_network_is_the_same_with_either_attention(T: int) -> None:
+    explicit = perturbed(replace(SMALL, attention="explicit"))
+    flash = perturbed(replace(SMALL, attention="flash"))
+    idx, targets = batch(SMALL, 2, T)
+    outputs = []
+    for model in (explicit, flash):
+        logits, loss = model(idx, targets)
+        loss.backward()
+        outputs.append((logits, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(outputs[0][0], outputs[1][0], rtol=0, atol=1e-5)
+    for name, gradient in outputs[0][1].items():
+        torch.testing.assert_close(outputs[1][1][name], gradient, rtol=0, atol=1e-5, msg=name)
+
+
+def test_auto_takes_the_explicit_formula_for_bf16_on_a_cpu_only() -> None:
+    attention = GPT(SMALL).h[0].attn
+    q = torch.zeros(1, 1, 1, 1)
+    assert not attention._is_explicit(q)
+    assert attention._is_explicit(q.bfloat16())
+    assert not attention._is_explicit(q.bfloat16().to("meta"))
+    assert not GPT(replace(SMALL, attention="flash")).h[0].attn._is_explicit(q.bfloat16())
 
 
 def test_the_mask_lets_a_query_see_itself_and_what_is_before() -> None:
@@ -194,6 +255,39 @@ def test_initial_weights_follow_the_table() -> None:
     assert model.lm_head.weight is model.wte.weight
 
 
+def test_an_untied_head_is_drawn_on_its_own() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=1000, n_ctx=8, n_layer=1, n_head=4, n_embd=128, tie_embeddings=False))
+    head, wte = model.lm_head.weight[:1000], model.wte.weight[:1000]
+    assert head.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not torch.equal(head, wte)
+    assert torch.count_nonzero(model.lm_head.weight[1000:]) == 0
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters()) - 2 * 24 * 128
+
+
+def test_scaling_of_the_residual_projections_is_a_switch() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=10, n_ctx=8, n_layer=8, n_head=4, n_embd=128, scale_residual_init=False))
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.03), name
+
+
+def test_initial_weights_are_decided_by_the_seed_and_drawn_again_by_initialize() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(GPT(SMALL).state_dict())
+    first, second, third = states
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["h.0.attn.c_attn.weight"], third["h.0.attn.c_attn.weight"])
+    model = perturbed(SMALL)
+    torch.manual_seed(1)
+    model.initialize()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, first[name]), name
+
+
 def test_initial_weights_do_not_depend_on_the_padding() -> None:
     models = []
     for pad in (1, 128, 512):
@@ -211,13 +305,25 @@ def test_an_initial_network_guesses_evenly() -> None:
     assert GPT(SMALL)(idx, targets)[1].item() == pytest.approx(math.log(300), abs=0.05)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = perturbed(replace(SMALL, dropout=0.5))
+@pytest.mark.parametrize("attention", ["explicit", "flash"])
+def test_dropout_acts_in_training_only(attention: str) -> None:
+    model = perturbed(replace(SMALL, dropout=0.5, attention=attention))
     idx, _ = batch(SMALL, 1, 16)
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
     assert torch.equal(model(idx)[0], model(idx)[0])
+    torch.testing.assert_close(model(idx)[0], perturbed(SMALL).eval()(idx)[0], rtol=0, atol=1e-5)
+
+
+def test_attention_drops_weights_and_keeps_their_mean() -> None:
+    torch.manual_seed(0)
+    q = k = torch.zeros(1, 1, 400, 4)  # equal scores: query t weighs t + 1 keys evenly
+    v = torch.ones(1, 1, 400, 4)
+    for attend in (explicit_attention, flash_attention):
+        y = attend(q, k, v, dropout=0.25)[0, 0, 200:, 0]
+        assert y.std() > 0.01
+        assert y.mean().item() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("attention", ["explicit", "flash"])
@@ -233,6 +339,28 @@ def test_a_cache_changes_no_logits(attention: str) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-5)
 
 
+def test_a_cache_that_is_full_is_refused() -> None:
+    model = GPT(SMALL).eval()
+    cache = KVCache(SMALL, 1, torch.device("cpu"), torch.float32)
+    model(torch.zeros(1, 10, dtype=torch.int64), cache=cache)
+    cache.advance(10)
+    with pytest.raises(ValueError, match="17 tokens do not fit into the context of 16"):
+        model(torch.zeros(1, 7, dtype=torch.int64), cache=cache)
+
+
+def test_flops_as_torch_counts_them() -> None:
+    """Its counter sees the matrix products only, so N is without biases and layer norms."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = replace(SMALL, pad_vocab_to=1, attention="explicit")
+    model = GPT(config)
+    idx, targets = batch(config, 2, config.n_ctx)
+    with FlopCounterMode(display=False) as counter:
+        model(idx, targets)[1].backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert counter.get_total_flops() == (flops_per_token(config) - 6 * vectors) * idx.numel()
+
+
 def test_flops_by_hand() -> None:
     """Two per weight and token forward, four backward; attention's two T x T products beside them."""
     config = replace(SMALL, pad_vocab_to=1)
@@ -240,3 +368,8 @@ def test_flops_by_hand() -> None:
     weights = sum(p.numel() for name, p in model.named_parameters() if name != "wpe.weight")
     attention = 3 * 2 * 2 * config.n_layer * config.n_embd * config.n_ctx  # (1 + 2) passes x 2 products x 2 FLOPs
     assert flops_per_token(config) == 6 * weights + attention
+    assert flops_per_token(replace(config, pad_vocab_to=128)) == flops_per_token(
+        config
+    )  # padding is no work of the model
+    # GPT-2 small: 6 x (124,439,808 - 786,432 of wpe) + 12 x 12 x 768 x 1,024.
+    assert flops_per_token(GPTConfig()) == 6 * 123_653_376 + 113_246_208

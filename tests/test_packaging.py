@@ -139,6 +139,7 @@ def test_importing_every_module_starts_nothing_and_leaves_no_trace(tmp_path):
     code = """
 import importlib, pkgutil, random, threading
 import numpy, torch
+import rich.console  # draws a random number when it is imported
 import gpt2
 torch_state, numpy_state, random_state = torch.get_rng_state(), numpy.random.get_state()[1], random.getstate()
 settings = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
