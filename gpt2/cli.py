@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from gpt2.errors import RequestError, WorkError
 
@@ -84,7 +85,14 @@ def help_text() -> str:
     )
 
 
-def _warn(message: Warning | str, category: type[Warning], *where: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

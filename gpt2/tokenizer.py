@@ -288,9 +288,9 @@ def parse_tokenizer_name(name: str) -> str:
     match = re.fullmatch(r"bpe:(\d{1,9})", name)
     if match is None:
         raise RequestError(f"there is no tokenizer {name!r}: use gpt2, bytes or bpe:N")
-    if not 258 <= int(match[1]) <= MAX_VOCABULARY:
+    if not 257 <= int(match[1]) <= MAX_VOCABULARY:
         raise RequestError(
-            f"the tokenizer {name} is out of range: N counts bytes, end-of-text and merges, 258 to {MAX_VOCABULARY}"
+            f"the tokenizer {name} is out of range: N counts bytes, end-of-text and merges, 257 to {MAX_VOCABULARY}"
         )
     return "bpe"
 

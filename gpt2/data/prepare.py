@@ -42,6 +42,8 @@ class Summary:
     bytes: int
     tokens: int
     seconds: float
+    empty_documents: int = 0
+    """Left out: they have no character."""
     splits: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,8 +58,12 @@ def prepare(
     val_fraction: float = 0.05,
     shard_tokens: int = 100_000_000,
     processes: int | None = None,
+    progress: Callable[[int, float | None], None] | None = None,
 ) -> Summary:
     """Writes OUT with its shards, tokenizer and dataset.json, in one rename; gives the figures.
+
+    progress: called about once a megabyte with the UTF-8 bytes read so far and the part of the source that
+    they are (0 to 1; None for a stream, whose size is not known).
 
     Raises RequestError for a wrong request or source, WorkError where the disk is full; then there is no OUT.
     """
@@ -82,6 +88,8 @@ def prepare(
         with Encoder(encoder, processes or os.cpu_count() or 1) as encode:
             for name, tokens in encode(_batches(splitter.assign(pieces), writers)):
                 writers[name].write(tokens)
+                if progress is not None:
+                    progress(sum(writer.bytes for writer in writers.values()), pieces.done())
         splits = {name: writer.close() for name, writer in writers.items()}
         for name, split in splits.items():
             if split["documents"] == 0 and (name == "train" or fraction > 0):
@@ -96,6 +104,7 @@ def prepare(
         bytes=sum(split["bytes"] for split in splits.values()),
         tokens=sum(split["tokens"] for split in splits.values()),
         seconds=time.perf_counter() - started,
+        empty_documents=pieces.empty,
         splits={name: {k: v for k, v in split.items() if k != "shards"} for name, split in splits.items()},
     )
 

