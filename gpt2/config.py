@@ -424,9 +424,8 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
             },
             {"batch_tokens": 1_024, "micro_batch": 16, "steps": 0, "minutes": 3.0},
             {
-                "eval": EvalConfig(every=400, batch=64),
+                "eval": EvalConfig(every=300, batch=64),
                 "checkpoint": CheckpointConfig(every=0),
-                "log": LogConfig(every=25),
             },
         ),
     }

@@ -42,9 +42,10 @@ def plot_loss(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         axes.annotate(
             f"{last['bits_per_byte']:.3f} bits per byte",
             (last["train_seconds"] / 60, last["loss"]),
-            xytext=(-8, 24),
+            xytext=(0, -14),
             textcoords="offset points",
             ha="right",
+            va="top",
             color=VALIDATION_COLOR,
             fontsize=12,
         )
@@ -54,6 +55,7 @@ def plot_loss(events: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(left=0)
+    axes.margins(y=0.12)
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path)
