@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -265,15 +266,42 @@ def test_training_takes_special_text_and_lone_surrogates_as_text():
 
 
 def test_training_on_too_little_text_names_the_size_that_works():
-    with pytest.raises(RequestError, match=r"fewer than bpe:5000: use bpe:(\d+) ") as caught:
-        Tokenizer.train(["abab"], 5_000)
-    size = int(str(caught.value).split("use bpe:")[1].split(" ")[0])
-    assert Tokenizer.train(["abab"], size).vocab_size == size
+    for text in ("abab", "a"):
+        with pytest.raises(RequestError, match=r"fewer than bpe:5000: use bpe:(\d+) ") as caught:
+            Tokenizer.train([text], 5_000)
+        size = int(str(caught.value).split("use bpe:")[1].split(" ")[0])
+        assert Tokenizer.train([text], size).vocab_size == size
+
+
+def test_a_bpe_without_merges_is_bytes(tmp_path):
+    tokenizer = Tokenizer.train(training_texts(), 257)
+    assert tokenizer.hash == Tokenizer.from_name("bytes").hash
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("é\n") == tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+
+
+def test_pairs_that_no_merge_lists_are_not_merged():
+    """tiktoken merges whatever two parts make a token, Hugging Face only the listed pair: few letters, many ways."""
+    from tokenizers import Tokenizer as Theirs
+
+    random_ = random.Random(3)
+
+    def word(longest: int, letters: str) -> str:
+        return "".join(random_.choices(letters, k=random_.randint(1, longest)))
+
+    for letters in ("ab", "abc"):
+        ours = Tokenizer.train([" ".join(word(12, letters) for _ in range(600))], 330)
+        with tempfile.TemporaryDirectory() as directory:
+            ours.save(Path(directory))
+            theirs = Theirs.from_file(f"{directory}/tokenizer.json")
+        for _ in range(300):
+            text = word(40, letters)
+            assert ours.encode(text) == theirs.encode(text).ids
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "gpt", "GPT2", "bpe", "bpe:", "bpe:x", "bpe:257", f"bpe:{MAX_VOCABULARY + 1}", "bpe:-5", "bpe:99999999999"],
+    ["", "gpt", "GPT2", "bpe", "bpe:", "bpe:x", "bpe:256", f"bpe:{MAX_VOCABULARY + 1}", "bpe:-5", "bpe:99999999999"],
 )
 def test_wrong_names(name):
     with pytest.raises(RequestError) as caught:

