@@ -9,7 +9,8 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -70,7 +71,10 @@ def prepare(argv: Sequence[str]) -> Outcome:
     args = parse(Prepare, argv, "prepare")
     from gpt2.data.prepare import prepare as prepare_data
 
-    summary = prepare_data(args.source, args.out, args.tokenizer, args.val_fraction, args.shard_tokens, args.processes)
+    with _reading(args.source) as progress:
+        summary = prepare_data(
+            args.source, args.out, args.tokenizer, args.val_fraction, args.shard_tokens, args.processes, progress
+        )
     result = summary.to_dict()
     _print(
         f"{args.out}: {result['documents']:,} documents, {result['bytes']:,} bytes, {result['tokens']:,} tokens "
@@ -339,6 +343,31 @@ def _one_line(box: str, verb: str) -> str:
     text = re.sub(r"^(Unrecognized options|Value error|Parsing error|Required options)\s+(?=\S)", "", text)
     text = text.split("For full helptext")[0].split("Argument helptext")[0].strip()
     return f"{' '.join(text.split())} (see gpt2 {verb} --help)"
+
+
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[Callable[[int, float | None], None]]:
+    """A function that shows (bytes read, part done): a bar on a terminal, else a line every ten seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    started = said = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(source, total=None)
+
+        def show(read: int, part: float | None) -> None:
+            nonlocal said
+            now = time.monotonic()
+            text = f"{source}: {read / 1e6:,.0f} MB, {read / 1e6 / max(now - started, 1e-3):.1f} MB/s"
+            bar.update(task, description=text, total=None if part is None else 1.0, completed=part or 0.0)
+            if not console.is_terminal and now - said >= 10:
+                said = now
+                left = "" if not part else f", {(now - started) / part * (1 - part):,.0f} s left"
+                console.print(text + left, markup=False, soft_wrap=True)
+
+        yield show
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:

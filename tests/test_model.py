@@ -138,7 +138,16 @@ def test_ten_adamw_steps_equal_transformers(tied: bool) -> None:
             assert torch.count_nonzero(weight[300:]) == 0
     expected_weights = {name: p.detach() for name, p in theirs.named_parameters()}
     for name, tensor in hf.to_hf(model.state_dict(), model.config).items():
-        torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=1e-4, msg=name)
+        wanted = expected_weights[name]
+        if name.endswith("attn.c_attn.bias"):
+            # Softmax takes no notice of what all keys have in common: the gradient of the keys' bias is 0 but for
+            # rounding, and AdamW makes steps of any size out of that. Queries and values are compared.
+            tensor, wanted = tensor.clone(), wanted.clone()
+            tensor[32:64] = wanted[32:64] = 0
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6, msg=name)
+    for block in model.h:
+        queries, keys, values = block.attn.c_attn.bias.grad.split(32)
+        assert keys.abs().max() < 1e-5 * min(queries.abs().max(), values.abs().max())
 
 
 @pytest.mark.parametrize(
