@@ -1,10 +1,11 @@
 """The command line: finds the verb, turns what goes wrong into one line and an exit code.
 
-The verbs' options and work are in commands.py, which is imported only when one is called:
+The verbs' options and work are in commands/, a file each, imported only when one is called:
 `gpt2 --help` loads nothing.
 """
 
 import difflib
+import importlib
 import json
 import os
 import sys
@@ -60,9 +61,7 @@ def _run(argv: list[str]) -> int:
         raise RequestError(
             f"there is no command {verb!r}: {f'did you mean {close[0]}?' if close else 'see gpt2 --help'}"
         )
-    from gpt2 import commands
-
-    outcome = commands.run(verb, rest)
+    outcome = importlib.import_module(f"gpt2.commands.{verb}").main(rest)
     if outcome.as_json:
         print(json.dumps(outcome.result, ensure_ascii=False))
     sys.stdout.flush()
