@@ -45,6 +45,8 @@ class GPTConfig:
     """Nice numbers: round the embedding's rows up to a multiple of this (50257 -> 50304); 1 for none."""
     attention: Literal["auto", "flash", "explicit"] = "auto"
     """flash: scaled_dot_product_attention; explicit: the softmax formula; auto: the faster on the device."""
+    fused_loss: bool = False
+    """Training: lm_head and cross-entropy a chunk of tokens at a time, so that the logits are never held whole."""
 
     def __post_init__(self) -> None:
         _check_values(self, "model")
@@ -242,7 +244,15 @@ class Config:
 
 # Fields that change how fast or how often, never which numbers come out: a resumed run may change them.
 _FREE_ON_RESUME = frozenset(
-    {"model.attention", "train.data", "train.micro_batch", "train.device", "train.compile", "optim.fused"}
+    {
+        "model.attention",
+        "model.fused_loss",
+        "train.data",
+        "train.micro_batch",
+        "train.device",
+        "train.compile",
+        "optim.fused",
+    }
 )
 _FREE_SECTIONS = frozenset({"eval", "checkpoint", "log"})
 
@@ -412,7 +422,7 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         ),
         # Chosen for the lowest held-out bits per byte after three minutes on two CPU cores (docs/LOG.md).
         "demo": _preset(
-            GPTConfig(vocab_size=8192, n_ctx=64, n_layer=2, n_head=4, n_embd=128),
+            GPTConfig(vocab_size=8192, n_ctx=64, n_layer=2, n_head=4, n_embd=128, fused_loss=True),
             {
                 "optimizer": "muon",
                 "lr": 1.6e-2,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpt2 import hf
 from gpt2.config import GPTConfig
+from gpt2.fused_loss import fused_cross_entropy
 
 
 class KeyValueCache(Protocol):
@@ -141,13 +142,14 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """One pass over (B, T) int64 token ids.
 
         targets: (B, T) int64, the next token of each position; -100 is ignored.
         cache: holds what came before idx and takes in idx's keys and values; its length is the caller's to advance.
         Returns the logits (B, T, vocab_size), without the padding, and the mean cross-entropy in nats
-        (None without targets). Raises ValueError where idx reaches beyond the context.
+        (None without targets). Training with targets and model.fused_loss gives None for the logits.
+        Raises ValueError where idx reaches beyond the context.
         """
         T = idx.size(1)
         past = 0 if cache is None else cache.length
@@ -157,7 +159,11 @@ class GPT(nn.Module):
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
             x = block(x, cache)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        x = self.ln_f(x)
+        if targets is not None and self.config.fused_loss and self.training:
+            weight = self.lm_head.weight  # (V, C)
+            return None, fused_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size)
+        logits = self.lm_head(x)  # (B, T, V)
         # The padded columns take no part in softmax: their probability and their gradient are exactly 0.
         logits = logits[..., : self.config.vocab_size]  # (B, T, vocab_size)
         if targets is None:

@@ -4,8 +4,10 @@ run ─ model, optimizers, state ─ for each step:
     learning rate ─ micro-batches: forward, backward ─ clip ─ update ─ log ─ validate ─ sample ─ save
 """
 
+import ctypes
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ from gpt2.training.optim import build_optimizers, load_optimizer_tensors, optimi
 from gpt2.training.peak import device_peak
 from gpt2.training.run import Run
 from gpt2.training.schedule import learning_rate_factor, progress_by_steps
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 class Stopped(Exception):
@@ -134,6 +138,19 @@ def set_numerics(config: Config, device: torch.device) -> None:
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only costs time
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks for the next step instead of giving them back to the system.
+
+    Otherwise every step's large tensors are fresh pages, each of which costs a fault and is zeroed first.
+    """
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "gnu_get_libc_version"):
+            library.mallopt(M_MMAP_MAX, 0)
+            library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load(run: Run) -> tuple[GPT, list[torch.optim.Optimizer], TrainingState]:
