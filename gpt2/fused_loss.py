@@ -22,7 +22,7 @@ def fused_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_s
     The gradients are ready after the forward pass; only a first backward pass is supported.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-    loss: Tensor = _FusedCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype)
+    loss: Tensor = _FusedCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype)  # type: ignore[no-untyped-call]
     return loss
 
 
