@@ -96,8 +96,9 @@ def _warn(
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: RequestError | WorkError, code: int) -> int:
     if os.environ.get("GPT2_DEBUG") == "1":
         raise error
-    print(f"gpt2: {error}", file=sys.stderr)
+    if not error.told:
+        print(f"gpt2: {error}", file=sys.stderr)
     return code

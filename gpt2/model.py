@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gpt2 import hf
 from gpt2.config import GPTConfig
@@ -158,7 +159,10 @@ class GPT(nn.Module):
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
         for block in self.h:
-            x = block(x, cache)
+            if self.config.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         x = self.ln_f(x)
         if targets is not None and self.config.fused_loss and self.training:
             weight = self.lm_head.weight  # (V, C)

@@ -13,6 +13,7 @@ from gpt2.config import (
     Config,
     EvalConfig,
     GPTConfig,
+    GuardConfig,
     LogConfig,
     OptimConfig,
     TrainConfig,
@@ -46,6 +47,7 @@ class Train:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -80,7 +82,7 @@ def main(argv: Sequence[str]) -> Outcome:
         raise RequestError("--data is missing: give the directory that `gpt2 prepare SOURCE --out DATA` made")
     if args.resume is None and args.out is None:
         raise RequestError("--out is missing: give the run's directory (or --resume RUN to go on with one)")
-    config = Config(args.model, args.optim, train_section, args.eval, args.checkpoint, args.log)
+    config = Config(args.model, args.optim, train_section, args.eval, args.checkpoint, args.guard, args.log)
 
     from gpt2.training import loop, run
 
@@ -88,8 +90,11 @@ def main(argv: Sequence[str]) -> Outcome:
     try:
         result = loop.train(opened)
     except loop.Stopped as stopped:
-        print(f"gpt2: {stopped}; go on with: gpt2 train --resume {opened.path}", file=sys.stderr)
+        if opened.distributed.is_main:
+            print(f"gpt2: {stopped}; go on with: gpt2 train --resume {opened.path}", file=sys.stderr)
         return Outcome({"run": str(opened.path), "stopped": stopped.signal}, args.json, 128 + stopped.signal)
+    if not opened.distributed.is_main:
+        return Outcome(result)
     say(
         f"{opened.path}: {result['steps']:,} steps in {result['train_seconds']:.1f} s, "
         f"training loss {figure(result['train_loss'])}, validation loss {figure(result['val_loss'])}, "

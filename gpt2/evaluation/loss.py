@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2.data.shards import Dataset, Split
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
@@ -64,14 +65,15 @@ def evaluate_loss(
     split: Split,
     tokenizer: Tokenizer,
     context: int,
-    device: torch.device,
+    distributed: Distributed,
     batch: int = 16,
     windows: int = 0,
 ) -> LossResult:
     """The loss on the split's windows of `context` tokens, without overlap, the last partial one included.
 
     windows: how many, from the start of the split; 0 for all. Every forward pass has the same shape
-    (batch, context), filled up with ignored targets, so that a compiled network needs one graph.
+    (batch, context), filled up with ignored targets, so that a compiled network needs one graph. Processes
+    share the batches, each making as many passes, and each gives the whole result.
     """
     started = time.perf_counter()
     total = split.tokens - 1 if windows == 0 else min(windows * context, split.tokens - 1)
@@ -79,18 +81,23 @@ def evaluate_loss(
         [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
     )
     nats, text_bytes = 0.0, 0
-    for start in range(0, total, batch * context):
-        stop = min(start + batch * context, total)
+    size, rank, world_size = batch * context, distributed.rank, distributed.world_size
+    rounds = -(-total // (size * world_size))
+    for start in range(rank * size, rounds * world_size * size, world_size * size):
+        start = min(start, total)
+        stop = min(start + size, total)
         tokens = split.read(start, stop + 1).astype(np.int64)  # (n + 1,)
         n = stop - start
-        idx = np.zeros(batch * context, dtype=np.int64)
-        targets = np.full(batch * context, -100, dtype=np.int64)
+        idx = np.zeros(size, dtype=np.int64)
+        targets = np.full(size, -100, dtype=np.int64)
         idx[:n], targets[:n] = tokens[:-1], tokens[1:]
-        x = torch.from_numpy(idx).view(batch, context).to(device)
-        y = torch.from_numpy(targets).view(batch, context).to(device)
-        nats += mean_loss(x, y).item() * n
+        x = torch.from_numpy(idx).view(batch, context).to(distributed.device)
+        y = torch.from_numpy(targets).view(batch, context).to(distributed.device)
+        loss = mean_loss(x, y).item()
+        nats += loss * n if n else 0.0  # a mean over nothing is NaN
         text_bytes += int(lengths[tokens[1:]].sum())
-    return LossResult(nats, total, text_bytes, time.perf_counter() - started)
+    nats, whole_bytes = distributed.sum([nats, text_bytes])
+    return LossResult(nats, total, int(whole_bytes), time.perf_counter() - started)
 
 
 def evaluate_model_loss(
@@ -111,5 +118,5 @@ def evaluate_model_loss(
         return loss
 
     model.eval()
-    device = next(model.parameters()).device
-    return evaluate_loss(mean_loss, dataset.split(split), tokenizer, model.config.n_ctx, device, batch, windows)
+    alone = Distributed(rank=0, world_size=1, device=next(model.parameters()).device)
+    return evaluate_loss(mean_loss, dataset.split(split), tokenizer, model.config.n_ctx, alone, batch, windows)

@@ -12,11 +12,13 @@ from torch import Tensor
 from gpt2.config import GPTConfig
 from gpt2.data.prepare import prepare
 from gpt2.data.shards import Dataset
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError
 from gpt2.evaluation.loss import evaluate_loss, evaluate_model_loss
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
+ALONE = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 CONFIG = GPTConfig(vocab_size=300, n_ctx=32, n_layer=1, n_head=2, n_embd=16)
 
 
@@ -68,7 +70,7 @@ def test_a_uniform_guess_of_bytes_costs_their_logarithm(data: Path) -> None:
     def uniform(idx: Tensor, targets: Tensor) -> Tensor:
         return torch.tensor(math.log(257))
 
-    result = evaluate_loss(uniform, split, Tokenizer.from_name("bytes"), 32, torch.device("cpu"))
+    result = evaluate_loss(uniform, split, Tokenizer.from_name("bytes"), 32, ALONE)
     expected = math.log2(257) * (split.tokens - 1) / split.bytes  # end-of-text costs too, and counts no byte
     assert result.bits_per_byte == pytest.approx(expected)
 
@@ -80,7 +82,7 @@ def test_every_pass_has_one_shape(dataset: Dataset) -> None:
         shapes.add((tuple(idx.shape), tuple(targets.shape)))
         return torch.tensor(1.0)
 
-    evaluate_loss(record, dataset.split("val"), dataset.tokenizer, 32, torch.device("cpu"), batch=5)
+    evaluate_loss(record, dataset.split("val"), dataset.tokenizer, 32, ALONE, batch=5)
     assert shapes == {((5, 32), (5, 32))}
 
 

@@ -19,13 +19,17 @@ from gpt2.checkpoint.directory import list_checkpoints, newest_good_checkpoint, 
 from gpt2.config import Config, from_dict, read_run_config
 from gpt2.data.loader import BatchLoader
 from gpt2.data.shards import Dataset
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError, WorkError
 from gpt2.evaluation.loss import evaluate_model_loss
 from gpt2.inference.engine import load
 from gpt2.model import GPT
-from gpt2.training.loop import accumulate_gradients, loss_function, train
+from gpt2.training.loop import accumulate_gradients, train
 from gpt2.training.metrics import read_metrics, start_at
+from gpt2.training.parallel import TrainingNetwork
 from gpt2.training.run import resume_run, start_run
+
+ALONE = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def changed(config: Config, **values: object) -> Config:
@@ -56,8 +60,8 @@ def test_accumulation_changes_neither_gradients_nor_reported_loss(tiny: Config, 
         torch.manual_seed(0)
         torch.compiler.reset()
         model = GPT(config.model)
-        mean_loss = loss_function(model, config, torch.device("cpu"))
-        loss = accumulate_gradients(mean_loss, x, y, accumulation, torch.device("cpu"))
+        loss = accumulate_gradients(TrainingNetwork(model, config, ALONE), x, y, accumulation, ALONE)
+        assert loss is not None
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
         if compiled and accumulation == 4:
             break  # the compiler is slow; two forms suffice
