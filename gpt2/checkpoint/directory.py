@@ -10,6 +10,7 @@ It is written under a temporary name, flushed, and renamed: under its own name i
 later, which the checksums show.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -20,12 +21,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2 import hf
 from gpt2.config import GPTConfig
-from gpt2.errors import WorkError
+from gpt2.errors import RequestError, WorkError
 from gpt2.files import TEMPORARY_PREFIX, json_text, new_directory, sha256_file, write_json
 from gpt2.tokenizer import Tokenizer
 
@@ -77,37 +79,58 @@ def write_checkpoint(
     then no checkpoint of that step exists and the older ones are untouched.
     """
     path = run / "checkpoints" / f"step_{state.step:06d}"
-    if path.exists():  # of a run that was sent back, or damaged: the new one takes its place
-        remove_checkpoint(path)
-    with new_directory(path) as directory:
-        write_json(directory / "config.json", hf.config_to_hf(config, tokenizer.eot))
-        write_json(
-            directory / "generation_config.json",
-            {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
-        )
-        save_file(hf.to_hf(weights, config), directory / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(directory, max_length=config.n_ctx)
-        (directory / "training").mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
-        save_file(tensors, directory / "training" / "state.safetensors")
-        write_json(directory / STATE, asdict(state))
-        files = sorted(file for file in directory.rglob("*") if file.is_file())
-        sums = {
-            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in files
-        }
-        write_json(directory / CHECKSUMS, sums)
+    if not run.is_dir():
+        raise WorkError(f"{run} is gone: no checkpoint can be written")
+    try:
+        if path.exists():  # of a run that was sent back, or damaged: the new one takes its place
+            remove_checkpoint(path)
+        with new_directory(path) as directory:
+            _write_files(directory, config, weights, tokenizer, training, state)
+    except RequestError as error:  # what was right when the run began has changed
+        raise WorkError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise WorkError(f"cannot write {path}: {error}; free space, older checkpoints are untouched") from error
     return path
+
+
+def _write_files(
+    directory: Path,
+    config: GPTConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    training: Mapping[str, Tensor],
+    state: TrainingState,
+) -> None:
+    write_json(directory / "config.json", hf.config_to_hf(config, tokenizer.eot))
+    write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
+    )
+    save_file(hf.to_hf(weights, config), directory / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(directory, max_length=config.n_ctx)
+    (directory / "training").mkdir()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
+    save_file(tensors, directory / "training" / "state.safetensors")
+    write_json(directory / STATE, asdict(state))
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    sums = {
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files
+    }
+    (directory / CHECKSUMS).write_text(_listing(sums), encoding="utf-8")
+
+
+def _listing(sums: Mapping[str, Any]) -> str:
+    """The text of checksums.json: the files', and that of the list itself."""
+    return json_text({"files": sums, "sha256": hashlib.sha256(json_text(sums).encode()).hexdigest()})
 
 
 def verify_checkpoint(path: Path) -> None:
     """Raises WorkError that names the file which is missing, altered or not of this checkpoint."""
     try:
-        text = (path / CHECKSUMS).read_text(encoding="utf-8")
-        sums = json.loads(text)
-        if text != json_text(sums):
+        listing = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        if (path / CHECKSUMS).read_text(encoding="utf-8") != _listing(listing["files"]):
             raise ValueError("not as it was written")
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()}
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listing["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WorkError(f"{path / CHECKSUMS} is missing or damaged: the checkpoint is not whole") from error
     for name, (size, digest) in listed.items():
@@ -120,9 +143,6 @@ def verify_checkpoint(path: Path) -> None:
                 raise WorkError(f"{file} is altered: its SHA-256 is not the one in {CHECKSUMS}")
         except OSError as error:
             raise WorkError(f"{file} cannot be read: {error.strerror}") from error
-    for name in ("config.json", "model.safetensors", STATE):
-        if name not in listed:
-            raise WorkError(f"{path / name} is not listed in {CHECKSUMS}: the checkpoint is not whole")
     step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
     if re.fullmatch(r"step_\d+", path.name) and step != step_of(path):
         raise WorkError(f"{path / STATE} is of step {step}: the directory was renamed or mixed with another")

@@ -133,8 +133,9 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                 metrics.step(state.step, part_done(config, state), figures)
                 logged = state
 
-            saves = finished or due(state.step, config.checkpoint.every)
+            saves = due(state.step, config.checkpoint.every)
             saves = saves or 0 < 60 * config.checkpoint.minutes <= state.train_seconds - saved_at
+            saves = finished or (saves and bad is None)  # a skipped step has made nothing new
             if run.dataset.has_split("val") and (saves or due(state.step, config.eval.every)):
                 result = validate(network, model, run)
                 evaluation_seconds += result.seconds

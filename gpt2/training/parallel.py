@@ -76,7 +76,10 @@ class TrainingNetwork:
 
 
 def add_in_bf16(state: None, bucket: Any) -> Any:
-    """A bucket of gradients (torch.distributed.GradBucket), averaged over the processes in bfloat16. (torch's own hook is for NCCL alone.)"""
+    """A bucket of gradients (torch.distributed.GradBucket), averaged over the processes in bfloat16.
+
+    torch's own hook for this is for NCCL alone.
+    """
     compressed = (bucket.buffer() / dist.get_world_size()).bfloat16()
     work = dist.all_reduce(compressed, async_op=True)
     return work.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))

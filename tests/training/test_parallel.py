@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -157,6 +159,27 @@ def test_a_hung_rank_is_given_up_after_the_timeout(tiny: Config, tmp_path: Path)
     text = (tmp_path / "log.0").read_text()
     assert "did not answer within 3 s (train.collective_timeout)" in text
     assert "Traceback" not in text
+
+
+def test_torchrun_restarts_the_group_after_kill_9_and_the_loss_is_undisturbed(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = [*RECIPE, "--checkpoint.every", "5", "--train.steps", "150"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = tmp_path / "quiet"
+    assert run_ranks(2, command(tiny, quiet, *options), tmp_path / "log") == [0, 0]
+    process = subprocess.Popen(
+        [*torchrun, "--max-restarts", "2", "-m", "gpt2", *command(tiny, out, *options)],
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    wait_for_steps(out, 10)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr.decode()[-2000:]
+    assert sum(event["event"] == "start" for event in read_metrics(out)) == 2
+    assert losses(out) == losses(quiet)
 
 
 def wait_for_steps(run: Path, steps: int = 3) -> None:
