@@ -1,4 +1,4 @@
-"""How long a checkpoint of GPT-2 124M with its optimizer (1.5 GB) stops the training thread, and what it costs in memory.
+"""How long a checkpoint of GPT-2 124M with its optimizer (1.5 GB) stops the training thread, and what memory it takes.
 
 python benchmarks/saving.py [--saves 3]     writes results/saving.json
 

@@ -100,5 +100,6 @@ def _complain(error: RequestError | WorkError, code: int) -> int:
     if os.environ.get("GPT2_DEBUG") == "1":
         raise error
     if not error.told:
-        print(f"gpt2: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"gpt2: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
     return code

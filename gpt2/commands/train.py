@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2.commands.common import Json, Outcome, figure, parse, say
 from gpt2.config import (
@@ -17,11 +18,16 @@ from gpt2.config import (
     LogConfig,
     OptimConfig,
     TrainConfig,
+    from_dict,
     preset,
     read_run_config,
     read_toml,
+    to_dict,
 )
 from gpt2.errors import RequestError
+
+if TYPE_CHECKING:
+    from gpt2.distributed import Distributed
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ def main(argv: Sequence[str]) -> Outcome:
     """gpt2 train"""
     # The other options' defaults depend on these: they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--resume", "--out"):
-        first.add_argument(name)
+    for name in ("--preset", "--config", "--resume", "--out", "--train.device"):
+        first.add_argument(name, dest=name.strip("-").removeprefix("train."))
     try:
         chosen, _ = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -68,8 +74,13 @@ def main(argv: Sequence[str]) -> Outcome:
     base = preset(chosen.preset or "gpt2-124m")
     if chosen.config:
         base = read_toml(Path(chosen.config), base)
+    group: Distributed | None = None
     if chosen.resume and not _asks_for_help(argv):
-        base = read_run_config(Path(chosen.resume))
+        from gpt2 import distributed
+
+        group = distributed.Distributed.from_environment(chosen.device or "auto", base.train.collective_timeout)
+        # Rank 0 reads: other machines need not hold the run.
+        base = from_dict(group.on_main(lambda: to_dict(read_run_config(Path(chosen.resume)))))
     sections = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
     args = parse(Train, argv, "train", Train(**sections))
 
@@ -86,7 +97,10 @@ def main(argv: Sequence[str]) -> Outcome:
 
     from gpt2.training import loop, run
 
-    opened = run.start_run(config, args.out) if args.out is not None else run.resume_run(Path(chosen.resume), config)
+    if args.out is not None:
+        opened = run.start_run(config, args.out)
+    else:
+        opened = run.resume_run(Path(chosen.resume), config, group)
     try:
         result = loop.train(opened)
     except loop.Stopped as stopped:
