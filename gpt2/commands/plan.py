@@ -38,7 +38,7 @@ class Plan:
     network: float | None = None
     """Gbit/s between hosts, a whole host's each way; none: what is typical of the kind."""
     sharding: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: a whole model on each GPU; fsdp: weights and optimizer divided; auto: ddp unless fsdp is needed or faster."""
+    """ddp: a whole model on each GPU; fsdp: weights and optimizer divided; auto: ddp unless fsdp is better."""
     micro_batch: int = 0
     """Windows at once on a GPU; 0: the most that fit and divide the step's."""
     gradients: Literal["fp32", "bf16"] = "fp32"
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> Outcome:
     if args.out is not None:
         if not any(row.fits for row in table):
             raise RequestError("nothing to draw: it fits on no number of GPUs from 1 to 1,024")
-        draw(lambda path: plot_plans(table, path, f"{args.preset} on {args.gpu} GPUs, as expected"), args.out)
+        draw(lambda path: plot_plans(table, path, f"{args.preset} on {args.gpu}, as expected"), args.out)
         say(f"drawn: {args.out}")
     result: dict[str, Any] = {
         "preset": args.preset,
@@ -143,13 +143,11 @@ def details(plan: "PlanResult", gpu: "Gpu") -> str:
     from gpt2.report.plan import GB
 
     lines = []
-    if plan.memory is not None:
+    if plan.memory:
         lines.append(f"memory a GPU   {plan.memory_total / GB:8.2f} GB of {gpu.memory / GB:.0f}")
         lines += [f"  {name:<12} {size / GB:8.2f} GB" for name, size in plan.memory.items()]
     if not plan.fits:
         return "\n".join([*lines, f"cannot be trained on {plan.gpus:,} GPUs: {plan.why}"])
-    assert plan.step_seconds and plan.communication_bytes is not None and plan.communication_seconds is not None
-    assert plan.exposed_seconds is not None
     lines += [
         f"sharding       {plan.sharding}",
         f"micro-batch    {plan.micro_batch} x {plan.accumulation} micro-steps x {plan.gpus:,} GPUs",
@@ -170,7 +168,6 @@ def as_table(plans: Sequence["PlanResult"]) -> str:
         if not plan.fits:
             lines.append(f"{plan.gpus:>5}  {plan.why}")
             continue
-        assert plan.step_seconds and plan.exposed_seconds is not None
         lines.append(
             f"{plan.gpus:>5}  {plan.sharding:<8}  {plan.micro_batch:>5} x {plan.accumulation:<4}"
             f"{plan.memory_total / 1e9:>11.1f}{plan.tokens_per_second:>14,.0f}{plan.mfu:>7.1%}"
@@ -179,15 +176,13 @@ def as_table(plans: Sequence["PlanResult"]) -> str:
     return "\n".join(lines)
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """In the unit that fits."""
-    value = seconds or 0.0
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
-def hours(value: float | None) -> str:
+def hours(value: float) -> str:
     """In the unit that fits."""
-    assert value is not None
     return f"{value:.1f} h" if value >= 1 else f"{60 * value:.1f} min"
 
 

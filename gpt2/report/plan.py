@@ -38,7 +38,7 @@ those of the other cards are assumed.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +113,7 @@ class Published:
     tokens_per_second: float
 
 
-# llm.c gives seconds a step of 524,288 (350M, 774M) or 1,048,576 tokens (1558M) at the head of its scripts/run_gpt2_*.sh.
+# llm.c has seconds a step at the head of its scripts/run_gpt2_*.sh: of 524,288 tokens, for 1558M of 1,048,576.
 PUBLISHED: Sequence[Published] = (
     Published("build-nanogpt, the lecture: ~185k tok/s", "gpt2-124m", "A100-80", 1, 185_000),
     Published("llm.c: 1.75M tok/s, 60 % MFU", "gpt2-124m", "A100-80", 8, 1_750_000),
@@ -130,38 +130,39 @@ class Plan:
 
     gpus: int
     fits: bool
-    """Whether it can be trained; else `why` says what hinders, and the figures of time are None."""
+    """Whether it can be trained; else `why` says what hinders, and the times are NaN (None in JSON)."""
     why: str = ""
     sharding: Sharding = "ddp"
     micro_batch: int = 0
     """Windows at once on a GPU."""
     accumulation: int = 0
     """Micro-steps a step."""
-    memory: Mapping[str, float] | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
     """Bytes on each GPU: weights, gradients, moments, copies, activations, logits."""
-    step_seconds: float | None = None
-    compute_seconds: float | None = None
+    step_seconds: float = math.nan
+    compute_seconds: float = math.nan
     """Of a step: micro-steps and update."""
-    communication_seconds: float | None = None
+    communication_seconds: float = math.nan
     """Of a step: what the collectives take, hidden or not."""
-    exposed_seconds: float | None = None
+    exposed_seconds: float = math.nan
     """Of a step: what of it nothing hides."""
-    communication_bytes: float | None = None
+    communication_bytes: float = math.nan
     """Of a step, through each GPU's link."""
-    tokens_per_second: float | None = None
-    mfu: float | None = None
+    tokens_per_second: float = math.nan
+    mfu: float = math.nan
     """Model FLOPS utilisation by the PaLM count."""
-    hours: float | None = None
-    dollars: float | None = None
+    hours: float = math.nan
+    dollars: float = math.nan
 
     @property
     def memory_total(self) -> float:
         """Bytes on each GPU."""
-        return sum((self.memory or {}).values())
+        return sum(self.memory.values())
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "memory": dict(self.memory or {}), "memory_total": self.memory_total}
+        values = {**asdict(self), "memory": dict(self.memory), "memory_total": self.memory_total}
+        return {name: None if value != value else value for name, value in values.items()}
 
 
 def find_gpu(kind: str) -> Gpu:
@@ -241,14 +242,15 @@ def make_plan(
 ) -> Plan:
     """The plan for that many GPUs, by the model in the module's docstring.
 
-    sharding: auto takes DDP unless FSDP fits alone or is faster by the factor SIMPLER. micro_batch: 0 takes the largest that fits.
-    gradient_bytes: of one gradient as it travels, 4 or 2. Raises RequestError for what no number of GPUs could do.
+    sharding: auto takes DDP unless FSDP fits alone or is faster by the factor SIMPLER. micro_batch: 0 takes the
+    largest that fits. gradient_bytes: of one gradient as it travels, 4 or 2. Raises RequestError for what no number
+    of GPUs could do.
     """
     if sharding == "auto":
         kinds: tuple[Sharding, ...] = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
         plans = [make_plan(config, gpu, gpus, kind, micro_batch, gradient_bytes, recompute) for kind in kinds]
         handicap = {"ddp": 1.0, "fsdp": SIMPLER}
-        return min(plans, key=lambda plan: handicap[plan.sharding] * (plan.step_seconds or math.inf))
+        return min(plans, key=lambda plan: handicap[plan.sharding] * plan.step_seconds if plan.fits else math.inf)
 
     windows = config.batch_windows
     if windows % gpus:
@@ -341,7 +343,6 @@ def check_published() -> list[tuple[Published, float]]:
     result = []
     for figure in PUBLISHED:
         plan = make_plan(preset(figure.preset), find_gpu(figure.gpu), figure.gpus)
-        assert plan.tokens_per_second is not None
         result.append((figure, plan.tokens_per_second / figure.tokens_per_second))
     return result
 
@@ -359,7 +360,7 @@ def plot_plans(plans: Sequence[Plan], path: Path, title: str) -> None:
 
     fitting = [plan for plan in plans if plan.fits]
     counts = [plan.gpus for plan in fitting]
-    speeds = [plan.tokens_per_second or 0.0 for plan in fitting]
+    speeds = [plan.tokens_per_second for plan in fitting]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), dpi=150)
     left.plot(counts, [speeds[0] * n / counts[0] for n in counts], color="#bbbbbb", linestyle="--", label="no loss")
     left.plot(counts, speeds, color="#1f5a94", marker="o", markersize=4, linewidth=2, label="expected")
@@ -369,7 +370,7 @@ def plot_plans(plans: Sequence[Plan], path: Path, title: str) -> None:
     cost = right.twinx()
     cost.plot(counts, [plan.dollars for plan in fitting], color="#c8102e", marker="s", markersize=4, linewidth=2)
     cost.set_ylabel("dollars", color="#c8102e")
-    cost.set_ylim(bottom=0, top=1.15 * max(plan.dollars or 0.0 for plan in fitting))
+    cost.set_ylim(bottom=0, top=1.15 * max(plan.dollars for plan in fitting))
     plain = FuncFormatter(lambda value, _: f"{value:,.12g}")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
