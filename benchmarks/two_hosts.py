@@ -82,7 +82,9 @@ class Group:
         for host, address, directory, output in zip(hosts, ADDRESSES, directories, self.outputs, strict=True):
             launch = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", address, "--rdzv-backend", "c10d"]
             launch += ["--rdzv-endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv-id", name, "--max-restarts", "0"]
-            launch += ["--rdzv-conf", f"join_timeout=60,read_timeout={READ_TIMEOUT}"]
+            # torchrun finds out by its host's name whether the endpoint is its own: namespaces share one name.
+            is_host = int(address == ADDRESSES[0])
+            launch += ["--rdzv-conf", f"is_host={is_host},join_timeout=60,read_timeout={READ_TIMEOUT}"]
             command = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *launch]
             environment = {**os.environ, "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
             with open(output, "wb") as file:

@@ -97,8 +97,9 @@ def test_torchrun_takes_its_options_and_the_batch_divides(path: Path, monkeypatc
     gpus = int(options.nproc_per_node) * int(options.nnodes.split(":")[-1])
     stated = re.search(r"# A step\s+(\d+) windows? x (\d+) GPUs x (\d+) micro-steps?", path.read_text("utf-8"))
     assert stated
-    expected = (config.train.micro_batch, gpus, config.accumulation(gpus))
-    assert tuple(map(int, stated.groups())) == expected
+    micro_batch, stated_gpus, accumulation = map(int, stated.groups())
+    assert (micro_batch, stated_gpus) == (config.train.micro_batch, gpus)
+    assert micro_batch * gpus * accumulation == config.batch_windows
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -125,7 +126,7 @@ def test_the_arithmetic_in_the_comments(path: Path) -> None:
         gpu = type(gpu)(**{**gpu.__dict__, "dollars": args.price or gpu.dollars})
         if args.network:
             gpu = type(gpu)(**{**gpu.__dict__, "network": args.network * 1e9 / 8})
-        made = make_plan(preset(args.preset), gpu, args.gpus, micro_batch=args.micro_batch)
+        made = make_plan(preset(args.preset), gpu, args.gpus, args.sharding, args.micro_batch, 4, args.recompute)
         assert (plan.hours(made.hours), f"{made.dollars:.2f}") == (duration, dollars), line
 
 
