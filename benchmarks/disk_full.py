@@ -118,6 +118,7 @@ def main() -> None:
             "damaged_while_full": damaged(run),
             "message": message,
             "message_seconds_after_filling": round(said_after, 2),
+            "message_names_the_checkpoint": message.startswith("gpt2: ") and "step_" in message,
             "training_goes_on_while_full": goes_on_by_itself,
         }
         print(message)
@@ -139,6 +140,8 @@ def main() -> None:
             print(said(output))
     result["passed"] = (
         result["exit_code_at_the_end"] == 0
+        and result["message_names_the_checkpoint"]
+        and result["training_goes_on_while_full"]
         and bool(result["checkpoints_while_full"])
         and not result["damaged_while_full"]
         and not result["damaged_at_the_end"]
