@@ -5,9 +5,9 @@ sudo python benchmarks/two_hosts.py [--timeout 20] [--steps 400]     writes resu
 Needs root on Linux and iproute2. Each namespace is a host with an address and a directory of its own: no disk is shared
 (the data is copied). Three runs of the same config: undisturbed on both hosts; one whose link goes down in mid-run,
 which looks from each side as if the other had fallen silent (no connection is reset); then, the link up again, the same
-command on both hosts. Looked at: after how many seconds the trainer on each host, and torchrun above it, has ended, what
-it says, and whether the run goes on and ends with the losses of the undisturbed one. The cut is made twice, with two
-settings of the kernel's net.ipv4.tcp_retries2.
+command on both hosts. Looked at: after how many seconds the trainer on each host, and torchrun above it, has ended,
+what it says, and whether the run goes on and ends with the losses of the undisturbed one. The cut is made twice, with
+two settings of the kernel's net.ipv4.tcp_retries2.
 """
 
 import argparse
