@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a GPT-2, or go on with a run",
     "eval": "loss, perplexity and bits per byte of a model on prepared data",
     "sample": "continue a prompt",
+    "plan": "memory, tokens a second, hours and dollars of a run before it is started",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
