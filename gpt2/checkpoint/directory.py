@@ -82,8 +82,12 @@ def write_checkpoint(
     if not run.is_dir():
         raise WorkError(f"{run} is gone: no checkpoint can be written")
     try:
-        if path.exists():  # of a run that was sent back, or damaged: the new one takes its place
-            remove_checkpoint(path)
+        if path.exists():
+            try:
+                verify_checkpoint(path)
+                return path  # a run that was stopped before its next step: nothing new
+            except WorkError:
+                remove_checkpoint(path)
         with new_directory(path) as directory:
             _write_files(directory, config, weights, tokenizer, training, state)
     except RequestError as error:  # what was right when the run began has changed

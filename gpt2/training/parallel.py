@@ -36,12 +36,16 @@ class LossOnly(nn.Module):
 class TrainingNetwork:
     """(B, T) ids and targets -> mean loss in nats over these, under autocast as the config says."""
 
-    def __init__(self, model: GPT, config: Config, distributed: Distributed) -> None:
-        """Moves the model to the device. After it the optimizers may be built: fsdp replaces the parameters."""
+    def __init__(self, model: GPT, config: Config, distributed: Distributed, grouped: bool | None = None) -> None:
+        """Moves the model to the device. After it the optimizers may be built: fsdp replaces the parameters.
+
+        grouped: whether there is a process group to wrap it for; by default where there are several processes.
+        """
         device, train = distributed.device, config.train
+        grouped = distributed.world_size > 1 if grouped is None else grouped
         self.device_type = device.type
         self.autocast = train.precision == "bf16"
-        self.sharded = train.parallel == "fsdp" and distributed.world_size > 1
+        self.sharded = train.parallel == "fsdp" and grouped
         if self.sharded:
             shard(model, config, distributed)
             self.module: nn.Module = LossOnly(model)
@@ -49,7 +53,7 @@ class TrainingNetwork:
         self.module = LossOnly(model.to(device))
         if train.compile:
             self.module.compile(dynamic=False)
-        if distributed.world_size > 1:
+        if grouped:
             parallel = DistributedDataParallel(
                 self.module,
                 device_ids=[device] if device.type == "cuda" else None,
