@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,11 +74,11 @@ def write_checkpoint(
             directory / "generation_config.json",
             {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
         )
-        save_file(hf.to_hf(weights, config), directory / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(hf.to_hf(weights, config), directory / "model.safetensors", {"format": "pt"})
         tokenizer.save(directory, max_length=config.n_ctx)
         (directory / "training").mkdir()
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
-        save_file(tensors, directory / "training" / "state.safetensors")
+        save_tensors(tensors, directory / "training" / "state.safetensors")
         write_json(directory / "training" / "state.json", state.__dict__)
         files = sorted(file for file in directory.rglob("*") if file.is_file())
         sums = {
@@ -86,6 +87,17 @@ def write_checkpoint(
         }
         write_json(directory / CHECKSUMS, sums)
     return path
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file. Raises OSError for a full disk, where the library raises an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def verify_checkpoint(path: Path) -> None:
