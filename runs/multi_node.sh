@@ -32,6 +32,9 @@ if [ ! -f "$DATA/dataset.json" ]; then
     exit 2
 fi
 
+# Where a cable is cut, the processes end after train.collective_timeout, but torchrun on a machine that does not hold
+# the rendezvous only when TCP gives up: a quarter of an hour, or seconds after `sysctl -w net.ipv4.tcp_retries2=6`
+# (benchmarks/two_hosts.py).
 # Where machines have several networks: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the one to use.
 torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "$ID" --max-restarts 3 \

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from gpt2 import files
+from gpt2.checkpoint import directory
 from gpt2.checkpoint.directory import (
     TrainingState,
     keep_checkpoints,
@@ -189,6 +191,19 @@ def test_a_full_disk_leaves_the_older_ones_and_no_half_one(tmp_path: Path, monke
         write(tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
     verify_checkpoint(tmp_path / "checkpoints" / "step_000001")
+
+
+def test_a_disk_that_fills_while_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors says it by an error of its own."""
+    write(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(directory, "save_file", full)
+    with pytest.raises(WorkError, match=r"step_000002: No space left on device"):
+        write(tmp_path, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
