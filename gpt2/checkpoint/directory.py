@@ -79,7 +79,6 @@ def write_checkpoint(
     then no checkpoint of that step exists and the older ones are untouched.
     """
     path = run / "checkpoints" / f"step_{state.step:06d}"
-<<<<<<< HEAD
     if not run.is_dir():
         raise WorkError(f"{run} is gone: no checkpoint can be written")
     try:
@@ -93,8 +92,10 @@ def write_checkpoint(
             _write_files(directory, config, weights, tokenizer, training, state)
     except RequestError as error:  # what was right when the run began has changed
         raise WorkError(str(error)) from error
-    except (OSError, SafetensorError) as error:
-        raise WorkError(f"cannot write {path}: {error}; free space, older checkpoints are untouched") from error
+    except OSError as error:
+        raise WorkError(
+            f"cannot write {path}: {error.strerror}; free space, older checkpoints are untouched"
+        ) from error
     return path
 
 
@@ -111,11 +112,11 @@ def _write_files(
         directory / "generation_config.json",
         {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
     )
-    save_file(hf.to_hf(weights, config), directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(hf.to_hf(weights, config), directory / "model.safetensors", {"format": "pt"})
     tokenizer.save(directory, max_length=config.n_ctx)
     (directory / "training").mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
-    save_file(tensors, directory / "training" / "state.safetensors")
+    save_tensors(tensors, directory / "training" / "state.safetensors")
     write_json(directory / STATE, asdict(state))
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     sums = {
@@ -127,28 +128,6 @@ def _write_files(
 def _listing(sums: Mapping[str, Any]) -> str:
     """The text of checksums.json: the files', and that of the list itself."""
     return json_text({"files": sums, "sha256": hashlib.sha256(json_text(sums).encode()).hexdigest()})
-=======
-    if path.exists():  # of a run that was sent back, or damaged: the new one takes its place
-        remove_checkpoint(path)
-    with new_directory(path) as directory:
-        write_json(directory / "config.json", hf.config_to_hf(config, tokenizer.eot))
-        write_json(
-            directory / "generation_config.json",
-            {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
-        )
-        save_tensors(hf.to_hf(weights, config), directory / "model.safetensors", {"format": "pt"})
-        tokenizer.save(directory, max_length=config.n_ctx)
-        (directory / "training").mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
-        save_tensors(tensors, directory / "training" / "state.safetensors")
-        write_json(directory / "training" / "state.json", state.__dict__)
-        files = sorted(file for file in directory.rglob("*") if file.is_file())
-        sums = {
-            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in files
-        }
-        write_json(directory / CHECKSUMS, sums)
-    return path
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -160,7 +139,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
->>>>>>> h3plan
 
 
 def verify_checkpoint(path: Path) -> None:
