@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,8 +55,10 @@ class Distributed:
             torch.cuda.set_device(found)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=timeout_seconds)
             with explained(timeout_seconds):
-                dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+                store = _fresh_store(rank, world_size, timeout)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return cls(rank=rank, world_size=world_size, device=found)
 
     def close(self) -> None:
@@ -137,6 +141,41 @@ class Distributed:
             yield name, tensor
 
 
+def _fresh_store(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """The key-value store in which the processes of this start find each other.
+
+    torchrun lends its own store, and after a restart the addresses of dead processes still stand in it
+    (github.com/pytorch/pytorch/issues/135712). So rank 0 opens a new one and says where in torchrun's. Who reads an
+    address of an earlier start finds nobody there, or a group that is full already, and reads again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    lent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    common = _store(host, port, rank == 0 and not lent, timeout)
+    if not lent:
+        return common
+    if rank == 0:
+        own = _store(host, 0, True, timeout)
+        common.set("gpt2/meeting", str(own.port))
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        meeting = int(common.get("gpt2/meeting"))
+        try:
+            own = _store(host, meeting, False, timedelta(seconds=2))
+            if own.add("joined", 1) < world_size:
+                own.set_timeout(timeout)
+                return own
+        except dist.DistError:
+            pass
+        if time.monotonic() > deadline:
+            raise WorkError(f"rank 0 was not met at {host} within {timeout.total_seconds():g} s")
+        time.sleep(0.2)
+
+
+def _store(host: str, port: int, serves: bool, timeout: timedelta) -> Any:
+    return dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def explained(timeout_seconds: float) -> Iterator[None]:
     """Turns what the collectives raise when a process is gone or hangs into WorkError."""
@@ -145,7 +184,7 @@ def explained(timeout_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if "MASTER_ADDR" not in os.environ:  # alone
             raise
-        text = " ".join(str(error).split())
+        text = re.sub(r"^\[\S+?([^/]+)\]", r"[\1]", " ".join(str(error).split()))  # without the builder's paths
         known = ("gloo", "NCCL", "nccl", "ProcessGroup", "TCPStore", "Connection", "timed out", "Timed out", "store")
         if not isinstance(error, dist.DistError) and not any(word in text for word in known):
             raise

@@ -79,8 +79,8 @@ class TrainingNetwork:
         return nullcontext()
 
 
-def add_in_bf16(state: None, bucket: Any) -> Any:
-    """A bucket of gradients (torch.distributed.GradBucket), averaged over the processes in bfloat16.
+def add_in_bf16(state: None, bucket: dist.GradBucket) -> Any:  # type: ignore[name-defined]
+    """A bucket of gradients, averaged over the processes in bfloat16.
 
     torch's own hook for this is for NCCL alone.
     """

@@ -336,6 +336,8 @@ def test_weights_alone_with_gpt2s_vocabulary_have_gpt2s_tokenizer(tmp_path: Path
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
     step = write_checkpoint(tmp_path / "run", CONFIG, network().state_dict(), BYTES, {}, TrainingState())
     other = write_checkpoint(tmp_path / "other", CONFIG, network().state_dict(), BYTES, {}, TrainingState())
     Tokenizer.train(["some words and some more words"], 258).save(other)
