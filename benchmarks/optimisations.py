@@ -1,6 +1,6 @@
-"""What the optimisations without a rung of the ladder do, each looked at alone: losses of a small network, sizes, errors.
+"""What single optimisations do, each looked at alone: losses of a small network, sizes, rounding errors, seconds.
 
-python benchmarks/optimisations.py            writes results/optimisations.json: the same on every machine, but for rounding
+python benchmarks/optimisations.py            writes results/optimisations.json: nothing in it is a time
 python benchmarks/optimisations.py --speed    writes results/optimisations_speed.json: seconds on this machine
 
 `python benchmarks/docs.py` then carries the figures into docs/optimisations/.
