@@ -372,7 +372,7 @@ def draw_schedule() -> None:
     axes.set_xlim(0, steps)
     axes.set_ylim(0, 6.6e-4)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-4, -4))
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(0.98, 0.12))
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.12, 0.1))
     save(figure, "schedule")
 
 
@@ -450,9 +450,8 @@ def draw_variants(facts: Report) -> None:
         differences = [run["difference"] for run in variant["runs"]]
         axes.plot(differences, [y] * len(differences), "o", color=VALIDATION_COLOR, markersize=5, alpha=0.8)
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_xscale("symlog", linthresh=0.01)
     axes.set_yticks(range(len(variants)), [variant["name"] for variant in reversed(variants)])
-    axes.set_xlabel("validation loss less the recipe's of the same seed (nats a token; linear within ±0.01)")
+    axes.set_xlabel("validation loss less the recipe's of the same seed (nats a token)")
     save(figure, "variants")
 
 
