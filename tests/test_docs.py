@@ -263,3 +263,12 @@ def test_rounding_to_a_shorter_mantissa_is_bfloat16_s():
     exec(code, scope)
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 100
     assert torch.equal(scope["round_mantissa"](x, 7), x.bfloat16().float())  # type: ignore[operator]
+
+
+def test_the_pages_know_what_this_version_has():
+    """Pages 14 and 15 say so where the code is not there yet; they change with it."""
+    one_process = "training runs in one process" in text(ROOT / "gpt2" / "distributed.py")
+    parallel, int8 = (text(page) for page in NUMBERED[13:])
+    assert ("Training in this version runs in one process" in parallel) == one_process
+    without_int8 = not (ROOT / "gpt2" / "inference" / "quantize.py").exists()
+    assert ("is not part of this version" in int8) == without_int8
