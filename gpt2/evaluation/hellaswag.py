@@ -136,7 +136,7 @@ def losses(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each item and ending the (n, 4) sums of losses in nats, and the (n, 4) numbers of tokens."""
-    scores = score(model, questions, n_ctx, device, batch_tokens, precision, compiled, progress)
+    scores = score(model, questions, n_ctx, device, batch_tokens, precision, compiled, progress=progress)
     sums = np.array([[s.nats for s in endings] for endings in scores]).reshape(-1, ENDINGS)
     tokens = np.array([[s.tokens for s in endings] for endings in scores]).reshape(-1, ENDINGS)
     return sums, tokens

@@ -44,7 +44,7 @@ class Score:
     tokens: int
     """Tokens of the ending."""
     greedy: bool
-    """Whether each token is the likeliest one at its place."""
+    """Whether each token is the likeliest one at its place; False where that was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,16 @@ def score(
     batch_tokens: int = 0,
     precision: str = "auto",
     compiled: bool = False,
+    greedy: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Score]]:
     """The scores of each question's endings.
 
     model: a GPT; or another network with `logits, _ = model(idx)`, which computes the context anew for each ending.
-    batch_tokens: tokens in one forward pass; 0: 1,024 on a CPU, 4,096 elsewhere (the logits of GPT-2 small: 0.9 GB).
+    batch_tokens: tokens in one forward pass; 0: 512 on a CPU, 4,096 elsewhere (the logits of GPT-2 small: 0.9 GB).
     precision: bf16 runs under autocast; auto takes it where the device multiplies it fast. Losses are float32,
     their sums float64. compiled: a few fixed shapes (COMPILED_LENGTHS) under torch.compile.
+    greedy: find out whether each ending is the likeliest one, token by token.
     progress: called with (tokens done, tokens in all) after each pass.
     Raises RequestError for a context and an ending that together are longer than n_ctx + 1 tokens.
     """
@@ -106,18 +108,18 @@ def score(
             raise RequestError(f"a context and ending of {longest} tokens do not fit into the model's {n_ctx} + 1")
     packs = isinstance(model, GPT)
     rows = [row for i, question in enumerate(questions) for row in _rows(i, question, packs)]
-    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 4096)
+    batch_tokens = batch_tokens or (512 if device.type == "cpu" else 4096)
 
-    def losses(idx: Tensor, packing: Tensor | None, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(idx: Tensor, packing: Tensor | None, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = _logits(model, idx, packing, at).float()  # (n, vocab_size)
         nats = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
-        return nats, logits.argmax(-1) == targets
+        return nats, logits.argmax(-1) == targets if greedy else None
 
-    function: Callable[..., tuple[Tensor, Tensor]] = losses
+    function: Callable[..., tuple[Tensor, Tensor | None]] = losses
     if compiled:
         function = torch.compile(losses, dynamic=False)
     done, total = 0, sum(row.length for row in rows)
-    results: list[tuple[list[tuple[int, int, int]], Tensor, Tensor]] = []
+    results: list[tuple[list[tuple[int, int, int]], Tensor, Tensor | None]] = []
     was_training = model.training
     model.eval()
     # One autocast for all passes: it keeps the weights that it has cast.
@@ -135,7 +137,8 @@ def score(
     model.train(was_training)
     scores: list[list[Score | None]] = [[None] * len(question.endings) for question in questions]
     for endings, nats, likeliest in results:
-        _spread(endings, nats.cpu().double().numpy(), likeliest.cpu().numpy(), scores)
+        yes = np.zeros(len(nats), dtype=bool) if likeliest is None else likeliest.cpu().numpy()
+        _spread(endings, nats.cpu().double().numpy(), yes, scores)
     return [[s for s in of_question if s is not None] for of_question in scores]
 
 

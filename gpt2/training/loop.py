@@ -21,13 +21,14 @@ from gpt2.checkpoint.directory import TrainingState, keep_checkpoints, read_chec
 from gpt2.config import Config, to_dict
 from gpt2.data.loader import BatchLoader, prefetch
 from gpt2.errors import WorkError
+from gpt2.evaluation.hellaswag import HellaSwagResult, Items, evaluate_hellaswag
 from gpt2.evaluation.loss import LossResult, MeanLoss, evaluate_loss
 from gpt2.inference.engine import Engine
 from gpt2.model import GPT, flops_per_token
 from gpt2.training.metrics import Metrics, open_sink, read_metrics, start_at
 from gpt2.training.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from gpt2.training.peak import device_peak
-from gpt2.training.run import Run
+from gpt2.training.run import Run, hellaswag_items
 from gpt2.training.schedule import learning_rate_factor, progress_by_steps
 
 
@@ -58,6 +59,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
     flops, peak = flops_per_token(config.model), device_peak(device, config.train.precision)
     sink = open_sink(config.log.sink, run.path, to_dict(config))
     metrics = Metrics(run.path, sink, config.train.steps, config.train.minutes, quiet)
+    items = hellaswag_items(config, run.dataset)
     evaluation_seconds = 0.0
 
     with metrics, stop_signals() as stop, closing(prefetch(loader, state.step)) as batches:
@@ -109,6 +111,11 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                     f"{result.bits_per_byte:.4f} bits per byte"
                 )
                 state = replace(state, val_loss=result.loss)
+            if items is not None and not stop and (finished or due(state.step, config.eval.hellaswag_every)):
+                scores = hellaswag(model, run, items)
+                evaluation_seconds += scores.seconds
+                metrics.event("hellaswag", state.step, **scores.to_dict())
+                metrics.say(f"step {state.step}  HellaSwag: acc {scores.acc:.4f}, acc_norm {scores.acc_norm:.4f}")
             if due(state.step, config.eval.sample_every):
                 text = sample(model, run, seed=state.step)
                 metrics.event("sample", state.step, prompt=config.eval.sample_prompt, text=text)
@@ -276,6 +283,20 @@ def validate(mean_loss: MeanLoss, model: GPT, run: Run) -> LossResult:
     )
     model.train()
     return result
+
+
+def hellaswag(model: GPT, run: Run, items: Items) -> HellaSwagResult:
+    """The HellaSwag score of this process's share of the items, without dropout."""
+    config, ranks = run.config, run.distributed
+    return evaluate_hellaswag(
+        model,
+        items,
+        config.model.n_ctx,
+        ranks.device,
+        ranks.rank,
+        ranks.world_size,
+        precision=config.train.precision,
+    )
 
 
 def sample(model: GPT, run: Run, seed: int) -> str:

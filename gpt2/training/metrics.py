@@ -114,7 +114,7 @@ class Metrics:
         self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self.file.flush()
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        if numbers and kind in ("step", "val"):
+        if numbers and kind in ("step", "val", "hellaswag"):
             self.sink.write(step, numbers)
 
     def step(self, step: int, done: float, values: Mapping[str, float]) -> None:

@@ -15,6 +15,7 @@ from gpt2.config import Config, GPTConfig, flatten, free_on_resume, read_run_con
 from gpt2.data.shards import Dataset
 from gpt2.distributed import Distributed, multiplies_bf16_fast
 from gpt2.errors import RequestError
+from gpt2.evaluation.hellaswag import Items, read_items, tokenize
 from gpt2.files import new_directory
 from gpt2.tokenizer import Tokenizer
 
@@ -101,6 +102,8 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
                 f"{model.vocab_size}: prepare the data with the model's tokenizer"
             )
     model = dataclasses.replace(model, vocab_size=dataset.tokenizer.vocab_size)
+    if config.eval.hellaswag_every:
+        hellaswag_items(config, dataset)  # raises where the file is not there or is another
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(distributed.device) else "fp32"
@@ -112,6 +115,14 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
     config = dataclasses.replace(config, model=model, train=train)
     config.accumulation(distributed.world_size)  # raises where the windows do not divide
     return config, tuple(notes)
+
+
+def hellaswag_items(config: Config, dataset: Dataset) -> Items | None:
+    """What HellaSwag is scored on while training; None where it is not asked for. Raises RequestError, WorkError."""
+    if not config.eval.hellaswag_every:
+        return None
+    file = Path(config.eval.hellaswag_file) if config.eval.hellaswag_file else None
+    return tokenize(read_items(file, config.eval.hellaswag_items), dataset.tokenizer, config.model.n_ctx)
 
 
 def can_compile(device: torch.device) -> bool:
