@@ -122,14 +122,11 @@ def _hellaswag(args: Eval) -> Outcome:
 
 
 def _harness(args: Eval, names: list[str]) -> Outcome:
-    try:
-        from gpt2.evaluation.harness import HarnessModel, evaluate_tasks
-    except ImportError as error:
-        raise RequestError(
-            f"--task lm: needs lm-evaluation-harness ({error}): pip install 'build-gpt2[lm-eval]'"
-        ) from error
+    from gpt2.evaluation.harness import evaluate_tasks, harness_model
+
+    kind = harness_model()
     with working("lm-evaluation-harness") as progress:
-        model = HarnessModel(args.model, args.device, args.precision, args.batch_tokens, progress)
+        model = kind(args.model, args.device, args.precision, args.batch_tokens, progress)
         result = evaluate_tasks(model, names, args.task_path, args.items)
     for name, values in result["results"].items():
         say(f"{args.model} on {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))

@@ -1,6 +1,6 @@
 """Our models in lm-evaluation-harness (pip install 'build-gpt2[lm-eval]'), so that its tasks run on them.
 
-Importing this file registers the model `build-gpt2` there: lm_eval.simple_evaluate(model="build-gpt2",
+`harness_model()` gives the class and registers it there as `build-gpt2`: lm_eval.simple_evaluate(model="build-gpt2",
 model_args="pretrained=RUN", …). Contexts that several requests share, as in multiple choice, are computed once.
 """
 
@@ -8,14 +8,9 @@ import difflib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-from lm_eval import simple_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gpt2.errors import RequestError, WorkError
 from gpt2.evaluation.likelihood import Question, score
@@ -24,8 +19,11 @@ from gpt2.inference.engine import Engine, load
 MAX_TOKENS = 256  # of a generation, where the task does not say; the harness's own default
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """A model for the harness. Text is encoded as everywhere here: nothing in it is special."""
+class HarnessMethods:
+    """What the harness asks of a model. Text is encoded as everywhere here: nothing in it is special."""
+
+    cache_hook: Any
+    """The harness's own: it stores answers if asked to."""
 
     def __init__(
         self,
@@ -106,6 +104,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text behind end-of-text, in windows of the context, each token once."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -148,11 +148,29 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return texts
 
 
-register_model("build-gpt2")(HarnessModel)
+@cache
+def harness_model() -> type[HarnessMethods]:
+    """The class of our models in the harness, made and registered when first asked for: the harness is an extra.
+
+    Raises RequestError where it is not installed.
+    """
+    try:
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.api.registry import register_model
+    except ImportError as error:
+        raise RequestError(
+            f"--task lm: needs lm-evaluation-harness ({error}): pip install 'build-gpt2[lm-eval]'"
+        ) from error
+
+    class HarnessModel(HarnessMethods, TemplateLM):  # type: ignore[misc]
+        """`HarnessMethods` under the harness's own base class, which turns texts into tokens."""
+
+    register_model("build-gpt2")(HarnessModel)
+    return HarnessModel
 
 
 def evaluate_tasks(
-    model: HarnessModel, names: Sequence[str], task_path: Path | None = None, limit: int = 0
+    model: HarnessMethods, names: Sequence[str], task_path: Path | None = None, limit: int = 0
 ) -> dict[str, Any]:
     """Runs tasks of the harness; gives {items, seconds, results: {task: {metric: value}}}, and the metrics of a
     single task beside them.
@@ -160,6 +178,9 @@ def evaluate_tasks(
     task_path: directory with further task files (YAML), which may name data on the disk. limit: items a task; 0: all.
     Raises RequestError for an unknown task, WorkError where the harness fails (data that cannot be downloaded, …).
     """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     started = time.perf_counter()
     if task_path is not None and not task_path.is_dir():
         raise RequestError(f"there is no directory {task_path}: --task-path names one with task files (YAML)")
