@@ -34,7 +34,7 @@ from gpt2.inference.engine import load
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
-SMALL = GPTConfig(n_ctx=256, n_layer=2, n_head=2, n_embd=32)
+SMALL = GPTConfig(vocab_size=257, n_ctx=512, n_layer=2, n_head=2, n_embd=32)  # of bytes: its longest items are cut
 METHOD = (
     "plain: one item at a time, four rows filled up to the longest, logits of every position, float32, losses summed "
     "in float64; ours: likelihood.score"
@@ -161,7 +161,8 @@ def main() -> None:
     for part in args.parts:
         if part == "small":
             model = random_model(SMALL, device)
-            results.append(compare("small, random weights", model, tokenize(whole, words, SMALL.n_ctx), device))
+            items = tokenize(whole, Tokenizer.from_name("bytes"), SMALL.n_ctx)
+            results.append(compare("small, random weights", model, items, device))
         elif part == "trained" and args.trained:
             engine = load(args.trained, args.device)
             items = tokenize(whole, engine.tokenizer, engine.model.config.n_ctx)
