@@ -54,9 +54,8 @@ def plain(model: GPT, questions: Sequence[Question], device: torch.device) -> np
             tokens[row, : len(context) + len(ending)] = torch.tensor([*context, *ending])
             mask[row, len(context) : len(context) + len(ending)] = 1
         tokens, mask = tokens.to(device), mask.to(device)
-        logits = model(tokens)[0]  # (4, length, vocab_size)
-        shifted, targets = logits[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        nats = F.cross_entropy(shifted.flatten(0, 1), targets.flatten(), reduction="none").view(4, -1)
+        logits = model(tokens[:, :-1])[0]  # (4, length - 1, vocab_size)
+        nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, -1)
         sums.append((nats * mask[:, 1:]).double().sum(1).cpu().numpy())
     return np.stack(sums)
 
