@@ -1,14 +1,14 @@
 """HellaSwag: our predictions against those of the plain formula, item by item, and the speed of both, in turn.
 
-python benchmarks/hellaswag.py --file hellaswag_val.jsonl [--trained MODEL] [--parts small trained large speed]
+python benchmarks/hellaswag.py --file hellaswag_val.jsonl [--trained MODEL] [--parts small trained large]
     [--rounds 1] [--items 200] [--device auto] [--out hellaswag]          writes results/OUT.json
 
 The plain formula is that of the "reproduce GPT-2" lecture: one item at a time, its four endings behind four copies of
 the context, filled up to the longest, logits of every position, in float32.
 
 small, trained     all items on a small network with random weights, and on MODEL: predictions compared
-large              --items items, evenly spaced over the file, at 124M random weights: predictions compared
-speed              the same items at 124M, timed: plain, ours in float32, and ours in the device's default precision
+large              --items items, evenly spaced over the file, at 124M random weights: predictions compared, and timed:
+                   plain, ours in float32, and ours in the device's default precision where that is another
 all                all items at 124M, ours, default precision, timed (minutes on a GPU, an hour on a CPU)
 
 A part's results replace those of an earlier call in the file; the others stay.
@@ -60,12 +60,29 @@ def plain(model: GPT, questions: Sequence[Question], device: torch.device) -> np
     return np.stack(sums)
 
 
-def compare(name: str, model: GPT, items: Items, device: torch.device) -> dict[str, Any]:
-    """How many items' predictions are equal, in float32."""
-    n_ctx = model.config.n_ctx
-    expected = plain(model, items.questions, device)
-    sums, tokens = losses(model, items.questions, n_ctx, device, precision="fp32")
-    labels = np.array(items.labels)
+def compare(name: str, model: GPT, items: Items, device: torch.device, rounds: int) -> dict[str, Any]:
+    """How many items' predictions are equal, in float32; the seconds of each, in turn, and the ratios of medians."""
+    n_ctx, questions = model.config.n_ctx, items.questions
+    found: dict[str, np.ndarray] = {}
+    losses(model, questions[:8], n_ctx, device)  # warms up
+    plain(model, questions[:2], device)
+
+    def ours(precision: str) -> np.ndarray:
+        return losses(model, questions, n_ctx, device, precision=precision)[0]
+
+    measures = {"plain_fp32": lambda: plain(model, questions, device), "ours_fp32": lambda: ours("fp32")}
+    if uses_bf16("auto", device):
+        measures["ours_bf16"] = lambda: ours("bf16")
+
+    def seconds(measure: str) -> float:
+        started = time.perf_counter()
+        found[measure] = measures[measure]()
+        return time.perf_counter() - started
+
+    figures = common.in_turn(rounds, *(lambda m=measure: seconds(m) for measure in measures))
+    spreads = {m: common.spread(values) for m, values in zip(measures, figures, strict=True)}
+    labels, tokens = np.array(items.labels), np.array([[len(e) for e in q.endings] for q in questions])
+    expected, sums = found["plain_fp32"], found["ours_fp32"]
     choice, choice_norm = sums.argmin(1), (sums / tokens).argmin(1)
     result = {
         "name": name,
@@ -79,44 +96,12 @@ def compare(name: str, model: GPT, items: Items, device: torch.device) -> dict[s
         "largest_difference_nats": float(np.abs(sums - expected).max()),
         "acc": float((choice == labels).mean()),
         "acc_norm": float((choice_norm == labels).mean()),
-    }
-    print(json.dumps(result))
-    return result
-
-
-def speed(model: GPT, items: Items, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Seconds of the plain loop and of ours, in turn, and the ratios of the medians."""
-    n_ctx, questions = model.config.n_ctx, items.questions
-
-    def seconds(run: Any) -> float:
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    bf16 = uses_bf16("auto", device)
-    measures = {
-        "plain_fp32": lambda: seconds(lambda: plain(model, questions, device)),
-        "ours_fp32": lambda: seconds(lambda: losses(model, questions, n_ctx, device, precision="fp32")),
-    }
-    if bf16:
-        measures["ours_bf16"] = lambda: seconds(lambda: losses(model, questions, n_ctx, device, precision="bf16"))
-    plain(model, questions[:2], device)  # warms up
-    for precision in ("fp32", "bf16") if bf16 else ("fp32",):
-        losses(model, questions[:8], n_ctx, device, precision=precision)
-    figures = common.in_turn(rounds, *measures.values())
-    result: dict[str, Any] = {
-        "name": "speed",
-        "items": len(questions),
-        "parameters": model.num_parameters(),
-        "default_precision": "bf16" if bf16 else "fp32",
         "threads": torch.get_num_threads(),
-        **{f"{name}_seconds": common.spread(values) for name, values in zip(measures, figures, strict=True)},
+        "default_precision": "bf16" if uses_bf16("auto", device) else "fp32",
+        **{f"{m}_seconds": spread for m, spread in spreads.items()},
+        **{f"plain_over_{m}": spreads["plain_fp32"]["median"] / spreads[m]["median"] for m in list(measures)[1:]},
     }
-    for name in list(measures)[1:]:
-        result[f"plain_over_{name}"] = result["plain_fp32_seconds"]["median"] / result[f"{name}_seconds"]["median"]
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
     return result
 
 
@@ -145,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--file", type=Path)
     parser.add_argument("--trained")
-    parser.add_argument("--parts", nargs="+", default=["small", "trained", "large", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["small", "trained", "large"])
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--device", default="auto")
@@ -155,30 +140,31 @@ def main() -> None:
     device = find_device(args.device)
     words = Tokenizer.from_name("gpt2")
     whole: list[Item] = read_items(args.file)
-    some = tokenize(read_items(args.file, args.items), words, 1024)
-    results = []
+    config = {"items": args.items, "device": str(device), "method": METHOD}
     for part in args.parts:
         if part == "small":
-            model = random_model(SMALL, device)
             items = tokenize(whole, Tokenizer.from_name("bytes"), SMALL.n_ctx)
-            results.append(compare("small, random weights", model, items, device))
+            result = compare("small, random weights", random_model(SMALL, device), items, device, args.rounds)
         elif part == "trained" and args.trained:
             engine = load(args.trained, args.device)
             items = tokenize(whole, engine.tokenizer, engine.model.config.n_ctx)
-            results.append(compare("trained", engine.model, items, device))
+            result = compare("trained", engine.model, items, device, args.rounds)
         elif part == "large":
-            results.append(compare("124M, random weights", random_model(GPTConfig(), device), some, device))
-        elif part == "speed":
-            results.append(speed(random_model(GPTConfig(), device), some, device, args.rounds))
+            items = tokenize(read_items(args.file, args.items), words, 1024)
+            result = compare("124M, random weights", random_model(GPTConfig(), device), items, device, args.rounds)
         elif part == "all":
-            results.append(everything(random_model(GPTConfig(), device), tokenize(whole, words, 1024), device))
-    config = {"items": args.items, "rounds": args.rounds, "device": str(device), "method": METHOD}
-    path = common.RESULTS / f"{args.out}.json"
-    if path.is_file():
-        names = {result["name"] for result in results}
-        earlier = json.loads(path.read_text(encoding="utf-8"))["results"]
-        results = [result for result in earlier if result["name"] not in names] + results
-    print(common.write(args.out, config, results))
+            result = everything(random_model(GPTConfig(), device), tokenize(whole, words, 1024), device)
+        else:
+            continue
+        keep(args.out, config, result)
+
+
+def keep(name: str, config: dict[str, Any], result: dict[str, Any]) -> None:
+    """Writes the part's result beside the other parts'."""
+    path = common.RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+    others = [r for r in earlier if r["name"] != result["name"]]
+    print(common.write(name, config, [*others, result]), flush=True)
 
 
 if __name__ == "__main__":
