@@ -19,7 +19,7 @@ VERBS = {
     "demo": "prepare, train, evaluate and sample a small GPT-2 on the embedded corpus",
     "prepare": "text into token shards",
     "train": "train a GPT-2, or go on with a run",
-    "eval": "loss, perplexity and bits per byte of a model on prepared data",
+    "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
     "plan": "memory, tokens a second, hours and dollars of a run before it is started",
     "doctor": "what this machine has, what is missing and how to mend it",

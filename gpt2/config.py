@@ -167,6 +167,12 @@ class EvalConfig:
     """Validation windows, taken from the start of the split; 0: the whole split."""
     batch: int = 16
     """Windows in one forward pass of evaluation."""
+    hellaswag_every: int = 0
+    """Steps between HellaSwag scores, which then come at the end too; 0: none."""
+    hellaswag_items: int = 0
+    """Items of HellaSwag, evenly spaced over the file; 0: all 10,042."""
+    hellaswag_file: str = ""
+    """HellaSwag's validation file; downloaded once and kept if not given."""
     sample_every: int = 0
     """Steps between samples of text; 0: none."""
     sample_prompt: str = "\n"
@@ -176,7 +182,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, "eval")
-        for name in ("every", "windows", "sample_every", "sample_tokens"):
+        for name in ("every", "windows", "hellaswag_every", "hellaswag_items", "sample_every", "sample_tokens"):
             _require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "at least 0")
         _require(self.batch >= 1, "eval.batch", self.batch, "at least 1")
 

@@ -199,6 +199,8 @@ def test_whole_numbers_will_do_for_floats() -> None:
         (TrainConfig, {"matmul_precision": "low"}, "train.matmul_precision = 'low' must be one of highest, high"),
         (EvalConfig, {"every": -1}, "eval.every = -1 must be at least 0"),
         (EvalConfig, {"windows": -1}, "eval.windows = -1 must be at least 0"),
+        (EvalConfig, {"hellaswag_every": -1}, "eval.hellaswag_every = -1 must be at least 0"),
+        (EvalConfig, {"hellaswag_items": -1}, "eval.hellaswag_items = -1 must be at least 0"),
         (EvalConfig, {"sample_every": -1}, "eval.sample_every = -1 must be at least 0"),
         (EvalConfig, {"sample_tokens": -1}, "eval.sample_tokens = -1 must be at least 0"),
         (EvalConfig, {"batch": 0}, "eval.batch = 0 must be at least 1"),

@@ -24,6 +24,7 @@ from gpt2.config import Config
 from gpt2.data.loader import BatchLoader, prefetch
 from gpt2.distributed import Distributed, explained
 from gpt2.errors import WorkError
+from gpt2.evaluation.hellaswag import HellaSwagResult, Items, evaluate_hellaswag
 from gpt2.evaluation.loss import LossResult, evaluate_loss
 from gpt2.inference.engine import Engine
 from gpt2.model import GPT, flops_per_token
@@ -32,7 +33,7 @@ from gpt2.training.metrics import Metrics, read_metrics, start_at
 from gpt2.training.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from gpt2.training.parallel import TrainingNetwork, share_of, whole
 from gpt2.training.peak import device_peak
-from gpt2.training.run import Run
+from gpt2.training.run import Run, hellaswag_items
 from gpt2.training.saver import OPTIMIZER, WEIGHTS, Saver
 from gpt2.training.schedule import learning_rate_factor, progress_by_steps
 
@@ -69,6 +70,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
     micro_batch = choose_micro_batch(network, model, config, distributed)
     flops, peak = flops_per_token(config.model), device_peak(device, config.train.precision) * distributed.world_size
     metrics = Metrics(run, quiet)
+    items = hellaswag_items(config, run.dataset)
     evaluation_seconds, first, saved_at = 0.0, state.step, state.train_seconds
 
     with (
@@ -145,6 +147,11 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                     f"{result.bits_per_byte:.4f} bits per byte"
                 )
                 state = note_best(state, result.loss)
+            if items is not None and (finished or due(state.step, config.eval.hellaswag_every)):
+                scores = hellaswag(network, model, run, items)
+                evaluation_seconds += scores.seconds
+                metrics.event("hellaswag", state.step, **scores.to_dict())
+                metrics.say(f"step {state.step}  HellaSwag: acc {scores.acc:.4f}, acc_norm {scores.acc_norm:.4f}")
             if due(state.step, config.eval.sample_every) and (distributed.is_main or network.sharded):
                 text = sample(model, run, seed=state.step)
                 metrics.event("sample", state.step, prompt=config.eval.sample_prompt, text=text)
@@ -424,6 +431,23 @@ def note_best(state: TrainingState, val_loss: float) -> TrainingState:
     if state.best_val_loss is None or val_loss < state.best_val_loss:
         state = replace(state, best_step=state.step, best_val_loss=val_loss)
     return state
+
+
+def hellaswag(network: TrainingNetwork, model: GPT, run: Run, items: Items) -> HellaSwagResult:
+    """The HellaSwag score, without dropout. The processes share the items, unless each needs the others to compute."""
+    config, distributed = run.config, run.distributed
+    shared = not network.sharded
+    rank, world_size = (distributed.rank, distributed.world_size) if shared else (0, 1)
+    scores = evaluate_hellaswag(
+        model, items, config.model.n_ctx, distributed.device, rank, world_size, precision=config.train.precision
+    )
+    if not shared:
+        return scores
+    counts = distributed.sum(
+        [scores.items, scores.correct, scores.correct_norm, scores.contexts_cut, scores.endings_cut]
+    )
+    number, correct, correct_norm, contexts_cut, endings_cut = map(int, counts)
+    return HellaSwagResult(number, correct, correct_norm, contexts_cut, endings_cut, scores.seconds)
 
 
 def sample(model: GPT, run: Run, seed: int) -> str:

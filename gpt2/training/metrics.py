@@ -129,7 +129,7 @@ class Metrics:
             if len(self.waiting) == 1:
                 self.say(f"cannot write {self.path}: {error.strerror}; training goes on")
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        if numbers and kind in ("step", "val"):
+        if numbers and kind in ("step", "val", "hellaswag"):
             self.sink.write(step, numbers)
 
     def events(self, kind: str, lines: Sequence[Mapping[str, Any]]) -> None:

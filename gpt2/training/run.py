@@ -16,6 +16,7 @@ from gpt2.config import Config, GPTConfig, flatten, free_on_resume, from_dict, r
 from gpt2.data.shards import Dataset
 from gpt2.distributed import Distributed, multiplies_bf16_fast
 from gpt2.errors import RequestError, WorkError
+from gpt2.evaluation.hellaswag import Items, read_items, tokenize
 from gpt2.files import new_directory
 from gpt2.tokenizer import Tokenizer
 
@@ -131,6 +132,8 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
                 f"{model.vocab_size}: prepare the data with the model's tokenizer"
             )
     model = dataclasses.replace(model, vocab_size=dataset.tokenizer.vocab_size)
+    if config.eval.hellaswag_every:
+        hellaswag_items(config, dataset)  # raises where the file is not there or is another
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(distributed.device) else "fp32"
@@ -142,6 +145,14 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
     if train.parallel == "fsdp" and config.optim.optimizer == "muon":
         raise RequestError("optim.optimizer = 'muon' needs whole matrices: use --train.parallel ddp, or adamw")
     return dataclasses.replace(config, model=model, train=train), notes
+
+
+def hellaswag_items(config: Config, dataset: Dataset) -> Items | None:
+    """What HellaSwag is scored on while training; None where it is not asked for. Raises RequestError, WorkError."""
+    if not config.eval.hellaswag_every:
+        return None
+    file = Path(config.eval.hellaswag_file) if config.eval.hellaswag_file else None
+    return tokenize(read_items(file, config.eval.hellaswag_items), dataset.tokenizer, config.model.n_ctx)
 
 
 def can_compile(device: torch.device) -> bool:

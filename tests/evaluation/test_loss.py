@@ -92,3 +92,50 @@ def test_refuses_another_tokenizer_and_a_missing_split(dataset: Dataset, tmp_pat
         evaluate_model_loss(model, Tokenizer.from_name("bytes"), dataset)
     with pytest.raises(RequestError, match="no split 'test'"):
         evaluate_model_loss(GPT(CONFIG), dataset.tokenizer, dataset, split="test")
+
+
+@torch.no_grad()
+def strided_nats(model: GPT, tokens: list[int], context: int, stride: int) -> tuple[float, int]:
+    """Target by target: which window counts it first, and what it costs there."""
+    total, counted = 0.0, 0
+    for target in range(1, len(tokens)):
+        window = max(0, -(-(target - context) // stride))  # the first whose last target is not before this one
+        start = window * stride
+        logits, _ = model(torch.tensor(tokens[start:target])[None])
+        total += F.cross_entropy(logits[0, -1:], torch.tensor(tokens[target : target + 1])).item()
+        counted += 1
+    return total, counted
+
+
+@pytest.mark.parametrize("stride", [1, 7, 16, 31, 32])
+def test_strided_windows_count_each_target_once_with_more_context(dataset: Dataset, stride: int) -> None:
+    torch.manual_seed(0)
+    model = GPT(CONFIG).eval()
+    split = dataset.split("val")
+    tokens = split.read(0, split.tokens).tolist()
+    result = evaluate_model_loss(model, dataset.tokenizer, dataset, stride=stride, batch=5)
+    nats, counted = strided_nats(model, tokens, CONFIG.n_ctx, stride)
+    assert (result.tokens, result.bytes) == (counted, split.bytes)
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_so_many_strided_windows(dataset: Dataset) -> None:
+    model = GPT(CONFIG)
+    result = evaluate_model_loss(model, dataset.tokenizer, dataset, stride=8, windows=3, batch=2)
+    assert result.tokens == 32 + 2 * 8
+    tokens = dataset.split("val").read(0, 49).tolist()
+    assert result.nats == pytest.approx(strided_nats(model, tokens, 32, 8)[0], rel=1e-5)
+
+
+def test_a_context_longer_than_the_split(dataset: Dataset) -> None:
+    model = GPT(replace(CONFIG, n_ctx=4096))
+    split = dataset.split("val")
+    result = evaluate_model_loss(model, dataset.tokenizer, dataset, stride=100, batch=1)
+    assert result.tokens == split.tokens - 1
+    assert result.nats == pytest.approx(plain_nats(model, split.read(0, split.tokens).tolist(), 4096), rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [-1, 33])
+def test_refuses_a_stride_out_of_range(dataset: Dataset, stride: int) -> None:
+    with pytest.raises(RequestError, match=r"must be in 1\.\.32"):
+        evaluate_model_loss(GPT(CONFIG), dataset.tokenizer, dataset, stride=stride)

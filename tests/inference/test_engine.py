@@ -137,6 +137,12 @@ def test_an_empty_prompt_starts_a_document(engine: Engine) -> None:
     assert engine.generate("", max_tokens=1, temperature=0) == first
 
 
+def test_a_prompt_may_be_token_ids(engine: Engine) -> None:
+    ids = engine.tokenizer.encode("the people")
+    assert engine.generate(ids, seed=1) == engine.generate("the people", seed=1)
+    assert engine.generate([], seed=1) == engine.generate("", seed=1)
+
+
 def test_the_stream_is_the_text_in_whole_characters(engine: Engine) -> None:
     for seed in range(5):
         options: dict[str, Any] = {"max_tokens": 40, "temperature": 1.5, "seed": seed}

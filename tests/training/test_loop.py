@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -335,3 +336,30 @@ def test_every_optimisation_can_be_switched_off(tiny: Config, tmp_path: Path) ->
     result = train(start_run(replace(config), tmp_path / "run"), quiet=True)
     assert result["val_loss"] < math.log(257)
     train(resume_run(tmp_path / "run", read_run_config(tmp_path / "run")), quiet=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hellaswag_is_scored_at_its_interval_and_leaves_the_run_alone(
+    tiny: Config, tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, no machine code
+    file = tmp_path / "items.jsonl"
+    item = {"ctx": "the people", "endings": ["will meet", "are", "have a sea", "go on land"], "label": 2}
+    file.write_text(f"{json.dumps(item)}\n" * 6, encoding="utf-8")
+    config = changed(tiny, train__steps=5, model__dropout=0.0 if compiled else 0.2, train__compile=compiled)
+    if not compiled:
+        train(start_run(config, tmp_path / "plain"), quiet=True)
+    scored = changed(config, eval__hellaswag_every=2, eval__hellaswag_file=str(file), eval__hellaswag_items=4)
+    train(start_run(scored, tmp_path / "scored"), quiet=True)
+    events = [e for e in read_metrics(tmp_path / "scored") if e["event"] == "hellaswag"]
+    assert [e["step"] for e in events] == [2, 4, 5]
+    assert all(e["items"] == 4 and e["acc"] in (0.0, 1.0) and e["acc_norm"] in (0.0, 1.0) for e in events)
+    if not compiled:
+        assert_equal_bits(weights_of(tmp_path / "plain"), weights_of(tmp_path / "scored"))
+
+
+def test_a_missing_hellaswag_file_is_refused_before_the_run_is_made(tiny: Config, tmp_path: Path) -> None:
+    config = changed(tiny, eval__hellaswag_every=2, eval__hellaswag_file=str(tmp_path / "none"))
+    with pytest.raises(RequestError, match=r"cannot read .*none"):
+        start_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
