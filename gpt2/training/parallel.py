@@ -6,7 +6,6 @@ fsdp   every process holds a share of each tensor; a block is gathered when its 
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,14 +78,15 @@ class TrainingNetwork:
         return nullcontext()
 
 
-def add_in_bf16(state: None, bucket: dist.GradBucket) -> Any:  # type: ignore[name-defined]
+def add_in_bf16(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """A bucket of gradients, averaged over the processes in bfloat16.
 
     torch's own hook for this is for NCCL alone.
     """
     compressed = (bucket.buffer() / dist.get_world_size()).bfloat16()
     work = dist.all_reduce(compressed, async_op=True)
-    return work.get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
+    done: torch.futures.Future[Tensor] = work.get_future().then(lambda sums: bucket.buffer().copy_(sums.value()[0]))
+    return done
 
 
 def shard(model: GPT, config: Config, distributed: Distributed) -> None:
