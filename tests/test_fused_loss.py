@@ -34,8 +34,7 @@ def test_equals_linear_and_cross_entropy(monkeypatch: pytest.MonkeyPatch, tokens
     assert torch.count_nonzero(torch.autograd.grad(loss, weight)[0][300:]) == 0
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("tied", "compiled"), [(True, False), (False, False), (True, True)])
 def test_a_model_trains_alike_with_it(tied: bool, compiled: bool) -> None:
     results = []
     for fused in (False, True):
