@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a GPT-2, or go on with a run",
     "eval": "loss, perplexity and bits per byte of a model on prepared data",
     "sample": "continue a prompt",
+    "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
