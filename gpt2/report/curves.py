@@ -113,7 +113,14 @@ def read_run(path: Path) -> RunCurves:
     timed = {step: seconds for step, seconds in sorted(timed.items()) if step > 0 and math.isfinite(seconds)}
     times = (list(timed), list(itertools.accumulate(timed.values(), max))) if timed else ([1], [0.0])
     return RunCurves(
-        path, path.resolve().name, config, _source(config), by_kind, tuple(damaged), torn and _event(lines[-1]) is None, times
+        path,
+        path.resolve().name,
+        config,
+        _source(config),
+        by_kind,
+        tuple(damaged),
+        torn and _event(lines[-1]) is None,
+        times,
     )
 
 

@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from gpt2 import __version__
 from gpt2.config import PRESETS, flatten
 from gpt2.errors import RequestError, WorkError
+from gpt2.files import umask
 from gpt2.report.curves import RunCurves, read_runs, smooth, thin
 from gpt2.report.verdict import (
     NOT_RECIPE,
@@ -85,7 +88,10 @@ def figures(run: RunCurves) -> dict[str, Any]:
 
 
 def render(
-    runs: Sequence[RunCurves], references: Sequence[Reference | None], verdicts: Sequence[Verdict], now: datetime | None = None
+    runs: Sequence[RunCurves],
+    references: Sequence[Reference | None],
+    verdicts: Sequence[Verdict],
+    now: datetime | None = None,
 ) -> str:
     """The page."""
     assets = files("gpt2.report") / "assets"
@@ -167,8 +173,8 @@ def chart_data(runs: Sequence[RunCurves], references: Sequence[Reference | None]
         },
         {
             "id": "bits-per-byte",
-            "title": "Validation, bits per byte",
-            "unit": "comparable between tokenizers",
+            "title": "Bits per byte",
+            "unit": "validation",
             "format": "figure",
             "fit": True,
             "series": series("val", "bits_per_byte", "bits per byte", "dots"),
@@ -176,7 +182,7 @@ def chart_data(runs: Sequence[RunCurves], references: Sequence[Reference | None]
         {
             "id": "hellaswag",
             "title": "HellaSwag",
-            "unit": "part answered rightly; guessing gives 0.25",
+            "unit": "part right; guessing: 0.25",
             "format": "figure",
             "lines": score_lines,
             "series": ([] if several else series("hellaswag", "acc", "acc", "line"))
@@ -225,7 +231,9 @@ def chart_data(runs: Sequence[RunCurves], references: Sequence[Reference | None]
             "unit": "so far",
             "format": "large",
             "zero": True,
-            "series": series("skip", "count", "skipped so far", "stairs") if any(run.of("skip") for run in runs) else [],
+            "series": series("skip", "count", "skipped so far", "stairs")
+            if any(run.of("skip") for run in runs)
+            else [],
         },
     ]
     return {
@@ -325,7 +333,9 @@ def config_table(runs: Sequence[RunCurves]) -> dict[str, Any]:
         differs = any(v != value for v in values)
         if preset is not None and (name in NOT_RECIPE or values[-1] == "auto"):
             differs = False
-        rows.append({"name": name, "cells": [_value(v) for v in values], "differs": differs})
+        # A narrow screen may break the name after a full stop or an underscore.
+        parts = re.findall(r"[^._]+[._]?", name)
+        rows.append({"parts": parts, "cells": [_value(v) for v in values], "differs": differs})
     return {"names": [name for name, _ in columns], "rows": rows, "note": note, "several": len(columns) > 1}
 
 
@@ -365,8 +375,8 @@ def large(number: float) -> str:
         return f"{number:,.0f}"
     for size, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g} {sign}"
-    return f"{number / 1e3:.3g} k"
+            return f"{number / size:#.3g}".rstrip(".") + f" {sign}"
+    return f"{number / 1e3:#.3g}".rstrip(".") + " k"
 
 
 def _drawn_run(run: RunCurves) -> dict[str, Any]:
@@ -400,11 +410,15 @@ def _samples(run: RunCurves) -> dict[str, Any]:
     """A few samples spread over the run, the last among them, and how many there are."""
     events = run.of("sample")
     n = min(SAMPLES_SHOWN, len(events))
-    picked = sorted({round(i * (len(events) - 1) / max(1, n - 1)) for i in range(n)} | ({len(events) - 1} if n else set()))
+    picked = sorted(
+        {round(i * (len(events) - 1) / max(1, n - 1)) for i in range(n)} | ({len(events) - 1} if n else set())
+    )
     return {
         "name": run.name,
         "total": len(events),
-        "shown": [{"step": events[i]["step"], "prompt": events[i]["prompt"], "text": events[i]["text"]} for i in picked],
+        "shown": [
+            {"step": events[i]["step"], "prompt": events[i]["prompt"], "text": events[i]["text"]} for i in picked
+        ],
     }
 
 
@@ -440,8 +454,6 @@ def _value(value: Any) -> str:
 
 
 def _median(values: Sequence[float]) -> float | None:
-    import statistics
-
     return statistics.median(filter(math.isfinite, values)) if any(map(math.isfinite, values)) else None
 
 
@@ -469,6 +481,7 @@ def _write(out: Path, content: bytes) -> None:
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, out)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)

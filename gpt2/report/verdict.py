@@ -73,12 +73,15 @@ class Reference:
 
 
 def make_reference(preset: str, runs: Sequence[RunCurves], tolerance: float) -> dict[str, Any]:
-    """The reference that runs of a preset on the same data give, at the steps where all of them were validated.
+    """The reference that runs of a preset on the same data give, at the steps where all of them were validated, and at
+    the end of the shortest.
 
     Between the runs' own lowest and highest loss, and `tolerance` nats beyond on either side.
     """
-    losses = [dict(zip(run.steps("val"), run.column("val", "loss"), strict=True)) for run in runs]
-    steps = sorted(set.intersection(*(set(loss) for loss in losses)))
+    steps = sorted(
+        {*set.intersection(*(set(run.steps("val")) for run in runs)), min(run.steps("val")[-1] for run in runs)}
+    )
+    losses = [[interpolate(run.steps("val"), run.column("val", "loss"), step) for step in steps] for run in runs]
     return {
         "preset": preset,
         "data_hash": runs[0].config.train.data_hash,
@@ -87,8 +90,8 @@ def make_reference(preset: str, runs: Sequence[RunCurves], tolerance: float) -> 
         "tolerance": tolerance,
         "batch_tokens": runs[0].config.train.batch_tokens,
         "step": steps,
-        "low": [round(min(loss[step] for loss in losses) - tolerance, 4) for step in steps],
-        "high": [round(max(loss[step] for loss in losses) + tolerance, 4) for step in steps],
+        "low": [round(min(at_step) - tolerance, 4) for at_step in zip(*losses, strict=True)],
+        "high": [round(max(at_step) + tolerance, 4) for at_step in zip(*losses, strict=True)],
         "factor": [round(statistics.fmean(rate_factor(run, step) for run in runs), 4) for step in steps],
     }
 
@@ -162,23 +165,26 @@ def judge(run: RunCurves, reference: Reference | None) -> Verdict:
     findings.sort(key=lambda found: order[found.level])
     worst = findings[0].level if findings else "good"
     named = ", ".join(found.title.lower() for found in findings if found.level == worst)
-    compared = reference is not None and any(f.title == REFERENCE_TITLE for f in findings)
+    compared = any(f.title == REFERENCE_TITLE for f in findings)
     headline = {
         "bad": f"No. Not normal: {named}.",
         "look": f"Mostly. Worth a look: {named}.",
         "good": f"Yes. It runs as the {reference.preset} preset's own runs do."
         if compared and reference is not None
-        else "Nothing unusual. No shipped curve was made on this data with this shape, so only general signs were judged.",
+        else "Nothing unusual, by general signs.",
     }[worst]
     return Verdict(worst, headline, tuple(findings))
 
 
-REFERENCE_TITLE = "Reference curve"
+REFERENCE_TITLE, NO_REFERENCE_TITLE = "Reference curve", "No reference curve"
 
 
 def _against_reference(run: RunCurves, reference: Reference | None) -> Finding | None:
     if reference is None:
-        return None
+        text = (
+            "None of those shipped was made on this data with this shape: the curve was judged by general signs alone."
+        )
+        return Finding("good", NO_REFERENCE_TITLE, text)
     compared, above, below = 0, [], 0
     for step, loss in zip(run.steps("val"), run.column("val", "loss"), strict=True):
         low, high, factor = reference.at(step)
@@ -193,7 +199,10 @@ def _against_reference(run: RunCurves, reference: Reference | None) -> Finding |
         below += loss < low
     made = f"{reference.runs} runs of the {reference.preset} preset, ± {reference.tolerance:g} nats"
     if not compared:
-        return None
+        text = (
+            f"No validation loss can be compared with {made}: none was logged where both runs' rates had decayed alike."
+        )
+        return Finding("good", NO_REFERENCE_TITLE, text)
     if not above:
         text = f"All {compared} compared validation losses lie within the band of {made}, or below it."
         if below == compared:
@@ -238,7 +247,9 @@ def _descent(run: RunCurves) -> Finding | None:
     noise = _noise(losses, curve)
     if last > lowest + max(0.3, 4 * noise):
         step = run.steps("step")[min(range(len(curve)), key=curve.__getitem__)]
-        text = f"{fell}, but was {lowest:.2f} near step {step:,}: it diverges. A lower optim.lr or a longer warm-up helps."
+        text = (
+            f"{fell}, but was {lowest:.2f} near step {step:,}: it diverges. A lower optim.lr or a longer warm-up helps."
+        )
         return Finding("bad", "Descent", text)
     if not run.config.train.init_from and first - last < 0.1:
         text = f"{fell}: it learns nothing. Look at the learning rate and the data."
@@ -246,7 +257,9 @@ def _descent(run: RunCurves) -> Finding | None:
     fifth = max(1, len(curve) // 5)
     before, after = statistics.fmean(losses[-2 * fifth : -fifth]), statistics.fmean(losses[-fifth:])
     if before - after > 2 * noise / math.sqrt(fifth):
-        ending = f"still falling: {before - after:.3f} nats in the last fifth. More steps would help."
+        ending = f"still falling: {before - after:.3f} nats in the last fifth."
+        if run.finished:
+            ending += " More steps would help."
     else:
         ending = "level at the end: little is left to gain from more steps at this learning rate."
     return Finding("good", "Descent", f"{fell}, {ending}")
@@ -265,8 +278,10 @@ def _validation(run: RunCurves) -> Finding | None:
         )
         return Finding("look", "Validation", text)
     training = smooth(run.column("step", "loss"))[-1]
-    text = f"Lowest where it should be, at the end: {losses[-1]:.4f}, " if best == len(losses) - 1 else (
-        f"{losses[-1]:.4f} at the end, as good as the lowest ({losses[best]:.4f} at step {step:,}), "
+    text = (
+        f"Lowest where it should be, at the end: {losses[-1]:.4f}, "
+        if best == len(losses) - 1
+        else (f"{losses[-1]:.4f} at the end, as good as the lowest ({losses[best]:.4f} at step {step:,}), ")
     )
     return Finding("good", "Validation", f"{text}{losses[-1] - training:+.2f} against the training loss.")
 
@@ -285,7 +300,9 @@ def _against_openai(run: RunCurves) -> Finding | None:
             said.append(f"HellaSwag {scores[-1]:.4f} against {value} of {name}")
     if not said:
         return None
-    text = "; ".join(f"{what} ({'reached' if there else 'not reached'})" for what, there in zip(said, ahead, strict=True))
+    text = "; ".join(
+        f"{what} ({'reached' if there else 'not reached'})" for what, there in zip(said, ahead, strict=True)
+    )
     return Finding("good", "Against OpenAI", f"{text[0].upper()}{text[1:]}.")
 
 
@@ -315,7 +332,7 @@ def _skipped(run: RunCurves) -> Finding | None:
     text = f"{len(steps):,} of {run.last_step:,} ({part:.2%}), at {_listed(steps)}."
     if part > 0.01:
         return Finding("bad", "Skipped steps", f"{text} So many point to a learning rate too high, or to bad data.")
-    return Finding("look", "Skipped steps", text)
+    return Finding("look" if part > 0.001 else "good", "Skipped steps", text)
 
 
 def _not_finite(run: RunCurves) -> Finding | None:

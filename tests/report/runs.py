@@ -73,7 +73,12 @@ def make_events(
                 {"event": "hellaswag", "step": step, "acc": accuracy - 0.01, "acc_norm": accuracy, "items": 10_042}
             )
             events.append(
-                {"event": "sample", "step": step, "prompt": "Hello, I'm a language model,", "text": f" and {step} it is."}
+                {
+                    "event": "sample",
+                    "step": step,
+                    "prompt": "Hello, I'm a language model,",
+                    "text": f" and {step} it is.",
+                }
             )
             events.append({"event": "checkpoint", "step": step})
     events += [{"event": "skip", "step": step, "reason": "grad_norm is nan"} for step in skips]

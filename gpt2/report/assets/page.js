@@ -32,7 +32,11 @@
     return grouped(v, Number.isInteger(v) ? 0 : 1);
   };
   const small = (v) => (v === 0 ? "0" : Math.abs(v) < 0.01 ? v.toExponential(2).replace(/\.?0+e/, "e") : String(Number(v.toPrecision(3))));
-  const digits = (step) => Math.max(0, Math.min(6, -Math.floor(Math.log10(step) + 1e-9)));
+  const digits = (step) => {
+    let n = 0;
+    while (n < 6 && Math.abs(step * 10 ** n - Math.round(step * 10 ** n)) > 1e-6) n++;
+    return n;
+  };
   const write = {
     figure: (v, step) => grouped(v, step ? digits(step) : 4),
     small: (v) => small(v),
@@ -42,9 +46,9 @@
   const ticks = (low, high, most) => {
     const rough = (high - low) / Math.max(1, most);
     const power = 10 ** Math.floor(Math.log10(rough));
-    const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * 0.999);
+    const step = power * [1, 2, 2.5, 5, 10].find((m) => m * power >= rough * 0.999);
     const found = [];
-    for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+    for (let i = Math.ceil(low / step - 1e-9) + 0; i * step <= high + step * 1e-9; i++) found.push(i * step || 0); // no -0
     return { found, step };
   };
 
@@ -96,7 +100,7 @@
     }
     for (const line of chart.lines || []) if (chart.id !== "grad-norm" || line.y <= 1.5 * high) take(line.y);
     if (low > high) [low, high] = [0, 1];
-    const room = (high - low || Math.abs(high) || 1) * 0.08;
+    const room = (high - low || Math.abs(high) || 1) * 0.1;
     return chart.zero ? [0, high + room || 1] : [low - room, high + room];
   };
 
@@ -125,14 +129,14 @@
 
     const clip = svg(svg(node, "defs", {}), "clipPath", { id: `clip-${chart.id}` });
     svg(clip, "rect", { x: margin.left, y: margin.top - 6, width: right - margin.left + 6, height: bottom - margin.top + 7 });
-    const vertical = ticks(y0, y1, (bottom - margin.top) / 48);
+    const vertical = ticks(y0, y1, (bottom - margin.top) / 40);
     for (const v of vertical.found) {
       if (chart.id === "skipped" && !Number.isInteger(v)) continue;
       svg(node, "line", { class: "grid", x1: margin.left, x2: right, y1: Y(v), y2: Y(v) });
       svg(node, "text", { x: margin.left - 7, y: Y(v) + 4, "text-anchor": "end" }, write[chart.format](v, vertical.step));
     }
     const hours = state.axis === "minutes" && x1 > 600 ? 60 : 1;
-    const horizontal = ticks(x0 / hours, x1 / hours, (right - margin.left) / 84).found.map((v) => v * hours);
+    const horizontal = ticks(x0 / hours, x1 / hours, (right - margin.left) / (state.axis === "tokens" ? 66 : 60)).found.map((v) => v * hours);
     for (const v of horizontal) {
       if (state.axis === "steps" && !Number.isInteger(v)) continue;
       svg(node, "line", { class: "axis", x1: X(v), x2: X(v), y1: bottom, y2: bottom + 4 });
@@ -164,7 +168,9 @@
         series.y.forEach((y, i) => { if (y !== null) svg(group, "circle", { class: "dot", cx: X(xs[i]), cy: Y(y), r: radius }); });
         const last = series.y.length - 1;
         if (data.runs.length === 1 && last >= 0 && series.y[last] !== null) {
-          svg(group, "text", { class: "value", x: Math.min(X(xs[last]) + 4, right), y: Y(series.y[last]) - 9, "text-anchor": "end" },
+          // On the side where the curve did not come from.
+          const before = series.y[Math.floor(last * 0.8)], below = before !== null && before > series.y[last];
+          svg(group, "text", { class: "value", x: Math.min(X(xs[last]) + 4, right), y: Y(series.y[last]) + (below ? 19 : -9), "text-anchor": "end" },
             write[chart.format](series.y[last]));
         }
       }
@@ -180,8 +186,9 @@
     let above = true;
     for (const line of chart.lines || []) {
       if (line.y < y0 || line.y > y1) continue;
-      const text = chart.id === "grad-norm" ? line.label : `${line.label}: ${line.y}`;
-      svg(node, "text", { class: "name", x: margin.left + 6, y: Y(line.y) + (above ? -5 : 15) }, text);
+      const clipping = chart.id === "grad-norm", text = clipping ? line.label : `${line.label}: ${line.y}`;
+      svg(node, "text", { class: "name", x: clipping ? right : margin.left + 6, y: Y(line.y) + (above ? -5 : 15),
+        "text-anchor": clipping ? "end" : "start" }, text);
       above = chart.lines.length === 1 || !above;
     }
     chart.overlay = svg(node, "g", {});
