@@ -139,11 +139,12 @@ def read_runs(paths: Sequence[Path]) -> list[RunCurves]:
 
 
 def smooth(values: Sequence[float], part: float = 0.02) -> list[float]:
-    """The mean over the neighbours, `part` of the curve on each side and fewer at its ends, so that nothing lags.
+    """The mean over the neighbours, `part` of the curve (but five values, if it has fifty) on each side, fewer at its ends.
 
     Values that are not finite count as absent; where all neighbours are, so is the mean (NaN).
     """
-    n, width = len(values), max(1, round(part * len(values)))
+    n = len(values)
+    width = max(round(part * n), min(5, n // 10), 1)
     finite = [v if math.isfinite(v) else 0.0 for v in values]
     total = list(itertools.accumulate(finite, initial=0.0))
     count = list(itertools.accumulate((math.isfinite(v) for v in values), initial=0))

@@ -5,7 +5,6 @@ comes from a run is escaped, and the page's own security policy lets no other sc
 """
 
 import base64
-import dataclasses
 import hashlib
 import math
 import os
@@ -47,7 +46,8 @@ Columns = dict[str, list[float | None]]
 def write_report(runs: Sequence[Path], out: Path) -> list[dict[str, Any]]:
     """Writes the page of one or several runs to `out`, whole or not at all; gives each run's last figures and verdict.
 
-    A file that is there is replaced. Raises RequestError where a run or `out` is wrong, WorkError where the disk is full.
+    A file that is there is replaced. Raises RequestError where a run or `out` is wrong, WorkError where the disk is
+    full.
     """
     if out.is_dir():
         raise RequestError(f"{out} is a directory: name a file, such as {out / 'report.html'}")
@@ -274,8 +274,8 @@ def comparison(runs: Sequence[RunCurves]) -> list[str]:
         )
     if not one_data:
         said.append(
-            "The runs were trained on different data or tokenizers: their nats a token do not compare; bits per byte do "
-            "where the held-out text is the same."
+            "The runs were trained on different data or tokenizers: their nats a token do not compare; bits per byte "
+            "do where the held-out text is the same."
         )
     return said
 
@@ -298,7 +298,9 @@ def summary(runs: Sequence[RunCurves]) -> list[dict[str, Any]]:
     rows = [
         measured("Validation loss", "val_loss", "{:.4f}".format, min if one_data else None),
         measured("Bits per byte", "bits_per_byte", "{:.4f}".format, min if one_data else None),
-        measured("Lowest validation loss", "best_val_loss", "{:.4f}".format, min if one_data else None),
+        measured("Lowest validation loss", "best_val_loss", "{:.4f}".format, min if one_data else None)
+        if any(v["best_val_loss"] != v["val_loss"] for v in values)
+        else None,
         measured("Training loss", "train_loss", "{:.4f}".format),
         measured("HellaSwag acc_norm", "hellaswag_acc_norm", "{:.4f}".format, max),
         row(

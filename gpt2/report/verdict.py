@@ -242,7 +242,8 @@ def _descent(run: RunCurves) -> Finding | None:
     if len(losses) < 10:
         return None
     curve = smooth(losses)
-    first, last, lowest = curve[0], curve[-1], min(curve)
+    first, lowest = curve[0], min(curve)
+    last = statistics.median(losses[-max(5, len(losses) // 50) :])  # a spike at the very end is no divergence
     fell = f"The training loss went from {first:.2f} to {last:.2f}"
     noise = _noise(losses, curve)
     if last > lowest + max(0.3, 4 * noise):

@@ -1,4 +1,4 @@
-"""Runs as the trainer leaves them, made without training: a config and a metrics.jsonl with curves of the usual form."""
+"""Runs as the trainer leaves them, made without training: a config and a metrics.jsonl of the usual form."""
 
 import dataclasses
 import json

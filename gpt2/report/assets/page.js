@@ -39,7 +39,7 @@
   };
   const write = {
     figure: (v, step) => grouped(v, step ? digits(step) : 4),
-    small: (v) => small(v),
+    small: (v, step) => (step >= 1e-3 ? grouped(v, digits(step)) : small(v)),
     large: (v) => large(v),
     percent: (v, step) => grouped(100 * v, step ? digits(100 * step) : 1) + " %",
   };
@@ -101,7 +101,8 @@
     for (const line of chart.lines || []) if (chart.id !== "grad-norm" || line.y <= 1.5 * high) take(line.y);
     if (low > high) [low, high] = [0, 1];
     const room = (high - low || Math.abs(high) || 1) * 0.1;
-    return chart.zero ? [0, high + room || 1] : [low - room, high + room];
+    const label = data.runs.length === 1 && chart.series.some((s) => s.draw === "dots"); // the last value stands below
+    return chart.zero ? [0, high + room || 1] : [low - room * (label ? 1.9 : 1), high + room];
   };
 
   const path = (xs, ys, X, Y, stairs) => {
