@@ -62,7 +62,7 @@ class RunCurves:
     @property
     def last_step(self) -> int:
         """The last step that left a line."""
-        return max(event["step"] for kind in ("step", "val", "skip") for event in self.of(kind))
+        return max(step for kind in ("step", "val", "skip") for step in self.steps(kind))
 
     @property
     def finished(self) -> bool:
@@ -139,7 +139,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunCurves]:
 
 
 def smooth(values: Sequence[float], part: float = 0.02) -> list[float]:
-    """The mean over the neighbours, `part` of the curve (but five values, if it has fifty) on each side, fewer at its ends.
+    """The mean over the neighbours: `part` of the curve on each side, fewer at its ends, at least five if it has fifty.
 
     Values that are not finite count as absent; where all neighbours are, so is the mean (NaN).
     """

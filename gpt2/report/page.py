@@ -292,8 +292,11 @@ def summary(runs: Sequence[RunCurves]) -> list[dict[str, Any]]:
 
     def measured(label: str, name: str, write: Callable[[float], str], pick: Any = None) -> dict[str, Any] | None:
         there = {i: v[name] for i, v in enumerate(values) if v[name] is not None}
-        best = pick(there, key=there.__getitem__) if pick and len(there) > 1 and len(set(there.values())) > 1 else None
-        return row(label, (None if v[name] is None else write(v[name]) for v in values), best)
+        cells = [None if v[name] is None else write(v[name]) for v in values]
+        best = pick(there, key=there.__getitem__) if pick and len(there) > 1 else None
+        if best is not None and cells.count(cells[best]) > 1:  # what reads alike is no better
+            best = None
+        return row(label, cells, best)
 
     rows = [
         measured("Validation loss", "val_loss", "{:.4f}".format, min if one_data else None),
@@ -384,13 +387,9 @@ def large(number: float) -> str:
 def _drawn_run(run: RunCurves) -> dict[str, Any]:
     """Columns of a run for the page: for each kind of event its x (steps, minutes) and its figures."""
     kept = thin(run)
-    loss = run.column("step", "loss")
-    steps: Columns = {
-        name: _rounded(run.column("step", name)[i] for i in kept)
-        for name in ("lr", "grad_norm", "tokens_per_second", "mfu")
-    }
-    means = smooth(loss)
-    steps |= {"loss": _rounded(loss[i] for i in kept), "smooth": _rounded(means[i] for i in kept)}
+    columns = {name: run.column("step", name) for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")}
+    columns["smooth"] = smooth(columns["loss"])
+    steps: Columns = {name: _rounded(column[i] for i in kept) for name, column in columns.items()}
     values: dict[str, Columns] = {
         "step": steps,
         "val": {name: _rounded(run.column("val", name)) for name in ("loss", "bits_per_byte")},

@@ -62,9 +62,7 @@ class Reference:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Reference":
         """From the JSON that `make_reference` describes."""
-        sequences = {name: tuple(values[name]) for name in ("step", "low", "high", "factor")}
-        plain = ("preset", "data_hash", "source", "runs", "tolerance", "batch_tokens")
-        return cls(**{name: values[name] for name in plain}, **sequences)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def at(self, step: int) -> tuple[float, float, float]:
         """Low, high and factor at a step, between its points by proportion, beyond its end as at its end."""
@@ -244,7 +242,7 @@ def _descent(run: RunCurves) -> Finding | None:
     curve = smooth(losses)
     first, lowest = curve[0], min(curve)
     last = statistics.median(losses[-max(5, len(losses) // 50) :])  # a spike at the very end is no divergence
-    fell = f"The training loss went from {first:.2f} to {last:.2f}"
+    fell = f"The training loss went from {first:.2f} to {curve[-1]:.2f}"
     noise = _noise(losses, curve)
     if last > lowest + max(0.3, 4 * noise):
         step = run.steps("step")[min(range(len(curve)), key=curve.__getitem__)]
@@ -278,13 +276,15 @@ def _validation(run: RunCurves) -> Finding | None:
             "training text by heart. Stop earlier, or give it more text."
         )
         return Finding("look", "Validation", text)
-    training = smooth(run.column("step", "loss"))[-1]
+    away = losses[-1] - smooth(run.column("step", "loss"))[-1]
     text = (
         f"Lowest where it should be, at the end: {losses[-1]:.4f}, "
         if best == len(losses) - 1
         else (f"{losses[-1]:.4f} at the end, as good as the lowest ({losses[best]:.4f} at step {step:,}), ")
     )
-    return Finding("good", "Validation", f"{text}{losses[-1] - training:+.2f} against the training loss.")
+    return Finding(
+        "good", "Validation", f"{text}{abs(away):.2f} nats {'above' if away > 0 else 'below'} the training loss."
+    )
 
 
 def _against_openai(run: RunCurves) -> Finding | None:

@@ -1,4 +1,4 @@
-"""A page in headless Chromium: what it draws at a phone's and a desktop's width, what it complains of, what it asks for."""
+"""A page in headless Chromium: what it draws at a phone's and a desktop's width, its complaints and its requests."""
 
 import base64
 import dataclasses
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,13 @@ const look = (frame, width) => {
     }])),
     missing: texts("figure.missing h3"),
     injected: page.querySelectorAll("#samples script, #samples img, h1 b, td b, th b").length,
-    smallest: Math.min(...[...page.querySelectorAll("main *")].map((n) => parseFloat(window_.getComputedStyle(n).fontSize))),
+    smallest: Math.min(...[...page.querySelectorAll("main *")].map((node) =>
+      parseFloat(window_.getComputedStyle(node).fontSize))),
     requests: window_.performance.getEntriesByType("resource").length,
   };
   const node = page.querySelector("#chart-loss .frame svg"), box = node.getBoundingClientRect();
-  node.dispatchEvent(new window_.PointerEvent("pointermove", { clientX: box.left + box.width / 2, clientY: box.top + 20 }));
+  const place = { clientX: box.left + box.width / 2, clientY: box.top + 20 };
+  node.dispatchEvent(new window_.PointerEvent("pointermove", place));
   seen.tip = page.querySelector("#chart-loss .tip").textContent;
   for (const axis of ["tokens", "minutes"]) {
     press(`[data-axis=${axis}]`);
@@ -72,7 +75,8 @@ for (const width of widths) {
   frame.style = `width:${width}px;height:900px;border:0`;
   frame.onload = () => setTimeout(() => {
     try { look(frame, width); } catch (error) { result[width] = { error: String(error) }; }
-    if (--left === 0) document.getElementById("result").textContent = btoa(unescape(encodeURIComponent(JSON.stringify(result))));
+    const text = encodeURIComponent(JSON.stringify(result));
+    if (--left === 0) document.getElementById("result").textContent = text;
   }, 200);
   frame.srcdoc = html;
   document.body.append(frame);
@@ -96,15 +100,28 @@ def visit(page: Path, directory: Path, widths: tuple[int, ...] = (390, 1280)) ->
     probe = directory / "probe.html"
     encoded = base64.b64encode(page.read_bytes()).decode("ascii")
     probe.write_text(PROBE.replace("PAGE", encoded).replace("WIDTHS", json.dumps(widths)), encoding="utf-8")
-    log = directory / "net.json"
-    alone = _chromium(page, directory, f"--log-net-log={log}", "--net-log-capture-mode=Everything")
+    asked, said = look_at(page, directory)
     framed = _chromium(probe, directory)
     result = re.search(r'<pre id="result">([^<]+)</pre>', framed.stdout)
     assert result, (framed.stdout[-2000:], framed.stderr[-2000:])
-    console = [line for done in (alone, framed) for line in done.stderr.splitlines() if "CONSOLE" in line]
-    addresses = set(re.findall(r'"url":"([^"]+)"', log.read_text(encoding="utf-8", errors="replace")))
-    outside = sorted(a for a in addresses if re.match(r"(https?|wss?|ftp):", a))
-    return Seen(json.loads(base64.b64decode(result[1])), console, outside)
+    return Seen(json.loads(urllib.parse.unquote(result[1])), said + _console(framed), asked)
+
+
+def look_at(page: Path, directory: Path) -> tuple[list[str], list[str]]:
+    """The addresses that the page alone asks for, other than its own file and data in it; what its console says."""
+    log = directory / "net.json"
+    done = _chromium(page, directory, f"--log-net-log={log}", "--net-log-capture-mode=Everything")
+    asked = set()
+    for event in json.loads(log.read_text(encoding="utf-8", errors="replace"))["events"]:
+        params = event.get("params", {})
+        # Chromium's own errands (the time, updates) have no page that started them.
+        if params.get("initiator", "not an origin") != "not an origin" and re.match("(http|ws)s?:", params["url"]):
+            asked.add(params["url"])
+    return sorted(asked), _console(done)
+
+
+def _console(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def _chromium(page: Path, directory: Path, *more: str) -> "subprocess.CompletedProcess[str]":

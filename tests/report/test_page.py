@@ -19,11 +19,12 @@ from gpt2.errors import RequestError, WorkError
 from gpt2.report import page as page_module
 from gpt2.report.page import duration, large, write_report
 from gpt2.report.verdict import shipped_references
-from tests.report.browser import CHROMIUM, visit
+from tests.report.browser import CHROMIUM, look_at, visit
 from tests.report.runs import Events, gpt2_config, make_events, write_run
 
 CONFIG = gpt2_config()
-NASTY = "</script><script>alert('x')</script><img src=https://evil.example/x onerror=alert(1)> & \u202e\u2028 \ud800 ]]> {{ 7*7 }}"
+IMAGE = "<img src=https://evil.example/x onerror=alert(1)>"
+NASTY = f"</script><script>alert('x')</script>{IMAGE} & \u202e\u2028 \ud800 ]]> {{{{ 7*7 }}}}"
 CHARTS = ["loss", "bits-per-byte", "hellaswag", "lr", "grad-norm", "throughput", "mfu", "skipped"]
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
@@ -150,7 +151,7 @@ def test_what_a_run_says_stays_text(tmp_path: Path) -> None:
     assert {attrs.get("id") for attrs in scripts} == allowed
     assert not any(tag in ("img", "i", "iframe") for tag, _ in page.tags)
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
-    assert html.escape("<img src=https://evil.example/x onerror=alert(1)>", quote=False) in page.text
+    assert html.escape(IMAGE) in page.text
     assert "{{ 7*7 }}" in page.shown
     assert page.data["runs"][0]["name"] == run.name
 
@@ -241,7 +242,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {"val_loss", "bits_per_byte", "hellaswag_acc_norm", "skipped_steps", "verdict"} <= result["runs"][0].keys()
     assert said[0].startswith(f"{a}: ")
     assert out.is_file()
-    for argv, words in ((["--out", str(out)], "runs"), ([str(a)], "--out")):
+    for argv, words in ((["--out", str(out)], "no run is named"), ([str(a)], "--out")):
         assert main(["report", *argv]) == 2
         assert words in capsys.readouterr().err.lower()
 
@@ -292,6 +293,16 @@ def test_a_browser_draws_every_plot_without_complaint_or_request(tmp_path: Path)
         assert "tokens" in found["tokens"]
         assert "minutes of training" in found["minutes"]
         assert found["whole"] != found["minutes"]
+
+
+@needs_chromium
+@pytest.mark.interop
+def test_the_browser_test_notices_requests_and_complaints(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<!doctype html><img src='http://localhost:9/picture.png'><script>nothing.there()</script>")
+    asked, said = look_at(page, tmp_path)
+    assert asked == ["http://localhost:9/picture.png"]
+    assert any("nothing is not defined" in line for line in said)
 
 
 @needs_chromium
