@@ -199,7 +199,7 @@ def chart_data(runs: Sequence[RunCurves], references: Sequence[Reference | None]
         {
             "id": "grad-norm",
             "title": "Gradient norm",
-            "unit": "global, before clipping",
+            "unit": "before clipping",
             "format": "figure",
             "fit": True,
             "zero": True,
@@ -359,8 +359,9 @@ def environment_table(runs: Sequence[RunCurves]) -> dict[str, Any]:
         cells = [_environment(done, run.of("done")[-1].get(done)) if run.of("done") else "" for run in runs]
         if any(cells) and done not in names:
             rows.append({"name": label, "cells": cells})
+    passing = ("started", "last event", "went on at step", "compile_seconds", "evaluation", "compile", "peak_flops")
     for row in rows:
-        row["differs"] = len(set(row["cells"])) > 1 and row["name"] not in ("started", "last event", "compile_seconds")
+        row["differs"] = len(set(row["cells"])) > 1 and row["name"] not in passing
     return {"names": [run.name for run in runs], "rows": rows}
 
 

@@ -62,7 +62,8 @@ class Reference:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Reference":
         """From the JSON that `make_reference` describes."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**fields)
 
     def at(self, step: int) -> tuple[float, float, float]:
         """Low, high and factor at a step, between its points by proportion, beyond its end as at its end."""
