@@ -22,6 +22,7 @@ VERBS = {
     "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
     "plan": "memory, tokens a second, hours and dollars of a run before it is started",
+    "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.

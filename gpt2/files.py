@@ -62,7 +62,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         _remove_empty(made)
         raise RequestError(f"cannot write in {path.parent}: {error.strerror}; name another directory") from error
     try:
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         yield temporary
         for directory, _, names in os.walk(temporary):
             for name in names:
@@ -85,7 +85,7 @@ def _remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
-def _umask() -> int:
+def umask() -> int:
     """The process's umask (mkdtemp makes 0700, a result directory should be as any other)."""
     mask = os.umask(0)
     os.umask(mask)
