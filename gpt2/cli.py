@@ -1,10 +1,11 @@
 """The command line: finds the verb, turns what goes wrong into one line and an exit code.
 
-The verbs' options and work are in commands.py, which is imported only when one is called:
+The verbs' options and work are in commands/, a file each, imported only when one is called:
 `gpt2 --help` loads nothing.
 """
 
 import difflib
+import importlib
 import json
 import os
 import sys
@@ -18,8 +19,10 @@ VERBS = {
     "demo": "prepare, train, evaluate and sample a small GPT-2 on the embedded corpus",
     "prepare": "text into token shards",
     "train": "train a GPT-2, or go on with a run",
-    "eval": "loss, perplexity and bits per byte of a model on prepared data",
+    "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
+    "plan": "memory, tokens a second, hours and dollars of a run before it is started",
+    "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
@@ -60,13 +63,12 @@ def _run(argv: list[str]) -> int:
         raise RequestError(
             f"there is no command {verb!r}: {f'did you mean {close[0]}?' if close else 'see gpt2 --help'}"
         )
-    from gpt2 import commands
-
-    outcome = commands.run(verb, rest)
+    outcome = importlib.import_module(f"gpt2.commands.{verb}").main(rest)
     if outcome.as_json:
         print(json.dumps(outcome.result, ensure_ascii=False))
     sys.stdout.flush()
-    return outcome.code
+    code: int = outcome.code
+    return code
 
 
 def help_text() -> str:
@@ -96,8 +98,10 @@ def _warn(
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: RequestError | WorkError, code: int) -> int:
     if os.environ.get("GPT2_DEBUG") == "1":
         raise error
-    print(f"gpt2: {error}", file=sys.stderr)
+    if not error.told:
+        rank = os.environ.get("RANK", "0")
+        print(f"gpt2: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
     return code
