@@ -108,7 +108,10 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                     f"step {state.step}  validation: {result.loss:.4f} nats a token, "
                     f"{result.bits_per_byte:.4f} bits per byte"
                 )
-                state = replace(state, val_loss=result.loss)
+                state = note_validation(state, result.loss)
+                if 0 < config.train.patience <= state.stale_validations and not finished:
+                    metrics.say(f"step {state.step}  no lower validation loss in {state.stale_validations}: early stop")
+                    finished = saves = True
             if due(state.step, config.eval.sample_every):
                 text = sample(model, run, seed=state.step)
                 metrics.event("sample", state.step, prompt=config.eval.sample_prompt, text=text)
@@ -278,6 +281,13 @@ def validate(mean_loss: MeanLoss, model: GPT, run: Run) -> LossResult:
     return result
 
 
+def note_validation(state: TrainingState, loss: float) -> TrainingState:
+    """The state with this validation loss, and with how many validations have brought none lower."""
+    if state.lowest_val_loss is None or loss < state.lowest_val_loss:
+        return replace(state, val_loss=loss, lowest_val_loss=loss, stale_validations=0)
+    return replace(state, val_loss=loss, stale_validations=state.stale_validations + 1)
+
+
 def sample(model: GPT, run: Run, seed: int) -> str:
     """A continuation of the config's prompt. It has a generator of its own and leaves the run's alone."""
     model.eval()
@@ -356,14 +366,16 @@ def summary(run: Run) -> dict[str, Any]:
     """The last figures of a finished run, from its metrics."""
     last: dict[str, dict[str, Any]] = {event["event"]: event for event in read_metrics(run.path)}
     step, val, done = last.get("step", {}), last.get("val", {}), last.get("done", {})
+    steps = done.get("step", step.get("step"))  # an early stop comes between two lines of metrics
+    seconds = max((event["train_seconds"] for event in (step, val) if event), default=None)
     return {
         "run": str(run.path),
-        "steps": step.get("step"),
+        "steps": steps,
         "train_loss": step.get("loss"),
         "val_loss": val.get("loss"),
         "bits_per_byte": val.get("bits_per_byte"),
-        "tokens_per_second": run.config.train.batch_tokens * step["step"] / step["train_seconds"] if step else None,
-        "train_seconds": step.get("train_seconds"),
+        "tokens_per_second": run.config.train.batch_tokens * steps / seconds if steps and seconds else None,
+        "train_seconds": seconds,
         "evaluation_seconds": done.get("evaluation_seconds"),
         "compile_seconds": done.get("compile_seconds"),
     }

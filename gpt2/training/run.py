@@ -11,7 +11,7 @@ import torch
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import is_run, newest_good_checkpoint, resolve_model
-from gpt2.config import Config, GPTConfig, flatten, free_on_resume, read_run_config, to_toml
+from gpt2.config import Config, GPTConfig, TrainConfig, flatten, free_on_resume, read_run_config, to_toml
 from gpt2.data.shards import Dataset
 from gpt2.distributed import Distributed, multiplies_bf16_fast
 from gpt2.errors import RequestError
@@ -101,6 +101,7 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
                 f"{model.vocab_size}: prepare the data with the model's tokenizer"
             )
     model = dataclasses.replace(model, vocab_size=dataset.tokenizer.vocab_size)
+    notes += check_text(dataset, model, train)
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(distributed.device) else "fp32"
@@ -112,6 +113,30 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
     config = dataclasses.replace(config, model=model, train=train)
     config.accumulation(distributed.world_size)  # raises where the windows do not divide
     return config, tuple(notes)
+
+
+def check_text(dataset: Dataset, model: GPTConfig, train: TrainConfig) -> list[str]:
+    """Whether there is enough text; a line where a step takes more than all of it. Raises RequestError."""
+    tokens = dataset.split("train").tokens
+    windows = (tokens - 1) // model.n_ctx
+    if windows < 1:
+        mend = "start from a model of a shorter context" if train.init_from else "set a smaller model.n_ctx"
+        raise RequestError(
+            f"the text is too small: {dataset.path} has {tokens} tokens to train on, one window of the model needs "
+            f"{model.n_ctx + 1}; give more text, or {mend}"
+        )
+    if train.patience and not dataset.has_split("val"):
+        raise RequestError(
+            f"train.patience needs a validation loss, and {dataset.path} has no validation text: prepare it with a "
+            "larger --val-fraction, or set train.patience to 0"
+        )
+    at_once = train.batch_tokens // model.n_ctx
+    if windows >= at_once:
+        return []
+    return [
+        f"the text is small: a step takes {at_once} windows of {model.n_ctx} tokens, all of the text is {windows}; every "
+        f"step goes through it {at_once / windows:.1f} times (--train.batch-tokens {windows * model.n_ctx}: once)"
+    ]
 
 
 def can_compile(device: torch.device) -> bool:
