@@ -56,6 +56,8 @@ def start_run(config: Config, out: Path) -> Run:
             )
         return _continue(out, config, dataset, distributed, notes)
     if distributed.is_main:
+        if config.train.init_from:
+            hf.read_pretrained(resolve_model(config.train.init_from))  # damage is told before anything is written
         with new_directory(out) as directory:
             (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
             (directory / "checkpoints").mkdir()
@@ -77,18 +79,21 @@ def resume_run(path: Path, config: Config) -> Run:
         raise RequestError(
             f"the data in {config.train.data} is not what {path} was trained on: give its own with --data"
         )
-    config, notes = resolve(config, dataset, distributed)
+    config, notes = resolve(config, dataset, distributed, resumed=True)
     return _continue(path, config, dataset, distributed, notes)
 
 
-def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple[Config, tuple[str, ...]]:
+def resolve(
+    config: Config, dataset: Dataset, distributed: Distributed, resumed: bool = False
+) -> tuple[Config, tuple[str, ...]]:
     """Fills in what depends on the data, the device and the weights to start from; checks that they fit together.
 
-    Raises RequestError.
+    A resumed run has its model's shape already and does not look at the weights that it once started from: they may
+    be gone. Raises RequestError.
     """
     notes = []
     model, train = config.model, config.train
-    if train.init_from:
+    if train.init_from and not resumed:
         model, tokenizer = _pretrained_shape(train.init_from, config)
         if tokenizer is not None and tokenizer.hash != dataset.tokenizer.hash:
             raise RequestError(
@@ -134,8 +139,8 @@ def check_text(dataset: Dataset, model: GPTConfig, train: TrainConfig) -> list[s
     if windows >= at_once:
         return []
     return [
-        f"the text is small: a step takes {at_once} windows of {model.n_ctx} tokens, all of the text is {windows}; every "
-        f"step goes through it {at_once / windows:.1f} times (--train.batch-tokens {windows * model.n_ctx}: once)"
+        f"the text is small: a step takes {at_once} windows of {model.n_ctx} tokens, all of the text is {windows}; "
+        f"every step goes through it {at_once / windows:.1f} times (--train.batch-tokens {windows * model.n_ctx}: once)"
     ]
 
 
