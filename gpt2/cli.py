@@ -21,6 +21,8 @@ VERBS = {
     "train": "train a GPT-2, or go on with a run",
     "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
+    "export": "a model as a GGUF file for llama.cpp",
+    "push": "a model with its card to the Hugging Face hub",
     "plan": "memory, tokens a second, hours and dollars of a run before it is started",
     "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",

@@ -124,6 +124,8 @@ class TrainConfig:
     """Optimizer steps; 0: no limit by steps (then train.minutes must be set)."""
     minutes: float = 0.0
     """Minutes of training, evaluation and compile not counted; when set, the schedule runs by time. 0: by steps."""
+    patience: int = 0
+    """Early stop: validations in a row without a lower loss after which the run ends; 0: it goes its whole way."""
     batch_tokens: int = 524_288
     """Tokens in a step: windows x n_ctx. 524,288 = 512 windows of 1,024."""
     micro_batch: int | Literal["auto"] = 32
@@ -148,7 +150,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, "train")
-        for name in ("steps", "minutes", "seed"):
+        for name in ("steps", "minutes", "patience", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
         _require(self.batch_tokens >= 1, "train.batch_tokens", self.batch_tokens, "at least 1")
         fits = self.micro_batch == "auto" if isinstance(self.micro_batch, str) else self.micro_batch >= 1
@@ -258,6 +260,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if self.train.patience and not (self.eval.every or self.checkpoint.every):
+            raise RequestError("train.patience counts validations: set eval.every, the steps between them, above 0")
         batch, n_ctx = self.train.batch_tokens, self.model.n_ctx
         if batch % n_ctx != 0:
             raise RequestError(
@@ -473,12 +477,15 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
             {"lr": 2e-4, "warmup_steps": 358},
             {"micro_batch": 4, "batch_tokens": 1_048_576, "steps": 9_537, "parallel": "fsdp"},
         ),
-        # From trained weights (--init-from) on one's own text: 32 windows of 1,024 a step, 200 steps = 6.6 M tokens.
+        # From trained weights (--init-from) on one's own text, which may be small: 8 windows of 1,024 a step, at most
+        # 400 steps = 3.3 M tokens. A text of 1 MB is about 250,000 tokens = 30 steps, so that it is gone through 13
+        # times at most; dropout and the early stop are against learning it by heart. Each validation is a checkpoint,
+        # so that the best weights are on the disk when three validations have brought nothing lower.
         "finetune": _preset(
-            GPTConfig(),
-            {"lr": 3e-5, "warmup_steps": 10, "schedule": "linear", "min_lr_ratio": 0.0},
-            {"batch_tokens": 32_768, "micro_batch": 4, "steps": 200},
-            {"eval": EvalConfig(every=20), "checkpoint": CheckpointConfig(every=50)},
+            GPTConfig(dropout=0.1),
+            {"lr": 3e-5, "warmup_steps": 10, "schedule": "linear", "min_lr_ratio": 0.0, "weight_decay": 0.01},
+            {"batch_tokens": 8_192, "micro_batch": 4, "steps": 400, "patience": 3},
+            {"eval": EvalConfig(every=20), "checkpoint": CheckpointConfig(every=20, keep_last=1)},
         ),
         # Seconds on a CPU: for tests and for a first look.
         "tiny": _preset(

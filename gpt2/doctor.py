@@ -53,6 +53,7 @@ REQUIRED = {
 # Distribution -> what it adds.
 OPTIONAL = {
     "datasets": "gpt2 prepare hf:NAME",
+    "gguf": "gpt2 export --format gguf",
     "transformers": "comparison with Hugging Face's GPT-2",
     "tensorboard": "metrics in TensorBoard",
     "wandb": "metrics in Weights & Biases",

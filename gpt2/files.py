@@ -1,8 +1,9 @@
-"""Files that are either whole or absent: directories that appear in one rename, hashes, JSON."""
+"""Files that are either whole or absent: files and directories that appear in one rename, hashes, JSON."""
 
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -74,6 +75,37 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise WorkError(f"cannot write {path}: {error.strerror}; free space or name another directory") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            _remove_empty(made)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """`new_directory` for one file: gives a temporary, empty file beside `path` to write to.
+
+    Raises RequestError where `path` exists or its directory cannot be written, WorkError where the disk is full.
+    """
+    path = Path(os.path.abspath(path))
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
+    made: list[Path] = []
+    try:
+        if os.path.lexists(path):
+            raise RequestError(f"{path} exists already: remove it or name another file")
+        made = [parent for parent in path.parents if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        _remove_empty(made)
+        raise RequestError(f"cannot write in {path.parent}: {error.strerror}; name another file") from error
+    try:
+        yield temporary
+        flush_to_disk(temporary)
+        os.rename(temporary, path)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise WorkError(f"cannot write {path}: {error.strerror}; free space or name another file") from error
+    finally:
+        temporary.unlink(missing_ok=True)
         if not path.exists():
             _remove_empty(made)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,77 @@ def test_no_permission_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path:
     (tmp_path / "file").write_text("")
     argv = ("train", "--data", str(data), "--out", str(tmp_path / "file" / "run"), "--preset", "tiny")
     assert "cannot write in" in wrong(capsys, tmp_path, *argv)
+
+
+def test_directories_that_are_no_gpt2_are_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path
+) -> None:
+    """Every verb that takes a MODEL says the same of each; nothing is written."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from gpt2 import hf
+    from gpt2.config import GPTConfig
+    from gpt2.model import GPT
+    from gpt2.tokenizer import Tokenizer
+
+    config = GPTConfig(vocab_size=257, n_ctx=16, n_layer=1, n_head=2, n_embd=16)
+    good = tmp_path / "good"
+    good.mkdir()
+    (good / "config.json").write_text(json.dumps(hf.config_to_hf(config, 256)))
+    save_file(hf.to_hf(GPT(config).state_dict(), config), good / "model.safetensors")
+    Tokenizer.from_name("bytes").save(good)
+    assert run("sample", str(good), "--max-tokens", "1", capsys=capsys)[0] == 0
+
+    def spoiled(name: str) -> Path:
+        return Path(shutil.copytree(good, tmp_path / name))
+
+    tensors = load_file(good / "model.safetensors")
+    cases = []
+    del tensors["transformer.h.0.ln_1.weight"]
+    save_file(tensors, spoiled("missing") / "model.safetensors")
+    cases.append(("missing", "h.0.ln_1.weight is missing"))
+    tensors["transformer.h.0.ln_1.weight"] = torch.zeros(17)
+    save_file(tensors, spoiled("shape") / "model.safetensors")
+    cases.append(("shape", "h.0.ln_1.weight has shape (17,)"))
+    values = {
+        "model_type": "llama",
+        "n_inner": 17,
+        "activation_function": "relu",
+        "scale_attn_weights": False,
+        "scale_attn_by_inverse_layer_idx": True,
+        "reorder_and_upcast_attn": True,
+        "n_layer": 2.5,
+        "tie_word_embeddings": "false",
+    }
+    for field, value in values.items():
+        changed = hf.config_to_hf(config, 256) | {field: value}
+        (spoiled(field) / "config.json").write_text(json.dumps(changed))
+        cases.append((field, f"{field} is {value!r}"))
+    pickled = spoiled("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    cases.append(("pickled", "pickle only, which is never opened"))
+    content = (good / "model.safetensors").read_bytes()
+    for name, damaged in {
+        "long header": b"\xff" * 8 + content[8:],
+        "no json": content[:8] + b"[" * 20 + content[28:],
+        "cut": content[:200],
+        "empty": b"",
+    }.items():
+        (spoiled(name) / "model.safetensors").write_bytes(damaged)
+        cases.append((name, "model.safetensors cannot be read"))
+
+    out = str(tmp_path / "out")
+    for name, said in cases:
+        directory = str(tmp_path / name)
+        verbs: list[tuple[str, ...]] = [
+            ("sample", directory),
+            ("eval", directory, "--data", str(data)),
+            ("export", directory, "--out", out),
+            ("push", directory, "me/small", "--dry-run", out),
+            ("train", "--data", str(data), "--out", out, "--preset", "tiny", "--init-from", directory),
+        ]
+        for argv in verbs:
+            err = wrong(capsys, tmp_path, *argv)
+            assert said in err, (name, argv)
+            assert directory in err, (name, argv)

@@ -49,6 +49,10 @@ class TrainingState:
     """The step with the lowest validation loss so far, this one included."""
     best_val_loss: float | None = None
     """That loss."""
+    lowest_val_loss: float | None = None
+    """The lowest of all validations, also of those that were not saved."""
+    stale_validations: int = 0
+    """Validations since that one."""
     skipped_steps: tuple[int, ...] = ()
     """Steps that made no update."""
     bad_in_row: int = 0

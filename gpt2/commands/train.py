@@ -93,6 +93,8 @@ def main(argv: Sequence[str]) -> Outcome:
         raise RequestError("--data is missing: give the directory that `gpt2 prepare SOURCE --out DATA` made")
     if args.resume is None and args.out is None:
         raise RequestError("--out is missing: give the run's directory (or --resume RUN to go on with one)")
+    if chosen.preset == "finetune" and not train_section.init_from:
+        raise RequestError("--init-from is missing: the preset finetune starts from a trained model, name one")
     config = Config(args.model, args.optim, train_section, args.eval, args.checkpoint, args.guard, args.log)
 
     from gpt2.training import loop, run
@@ -101,6 +103,9 @@ def main(argv: Sequence[str]) -> Outcome:
         opened = run.start_run(config, args.out)
     else:
         opened = run.resume_run(Path(chosen.resume), config, group)
+    if opened.distributed.is_main:
+        for note in opened.notes:
+            print(f"gpt2: {note}", file=sys.stderr)
     try:
         result = loop.train(opened)
     except loop.Stopped as stopped:

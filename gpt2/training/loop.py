@@ -146,7 +146,10 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                     f"step {state.step}  validation: {result.loss:.4f} nats a token, "
                     f"{result.bits_per_byte:.4f} bits per byte"
                 )
-                state = note_best(state, result.loss)
+                state = note_validation(state, result.loss)
+                if 0 < config.train.patience <= state.stale_validations and not finished:
+                    metrics.say(f"step {state.step}  no lower validation loss in {state.stale_validations}: early stop")
+                    finished = saves = True
             if items is not None and (finished or due(state.step, config.eval.hellaswag_every)):
                 scores = hellaswag(network, model, run, items)
                 evaluation_seconds += scores.seconds
@@ -157,7 +160,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
                 metrics.event("sample", state.step, prompt=config.eval.sample_prompt, text=text)
                 metrics.say(f"step {state.step}  sample: {config.eval.sample_prompt}{text}")
             if saves:
-                state = replace(state, finished=finished)
+                state = note_best(replace(state, finished=finished))
                 save(saver, model, optimizers, state, metrics)
                 saved_at = state.train_seconds
             metrics.events("checkpoint", saver.finish() if finished else saver.finished())
@@ -425,11 +428,17 @@ def validate(network: TrainingNetwork, model: GPT, run: Run) -> LossResult:
     return result
 
 
-def note_best(state: TrainingState, val_loss: float) -> TrainingState:
-    """The state with this validation loss, and with this step as the best where it is."""
-    state = replace(state, val_loss=val_loss)
-    if state.best_val_loss is None or val_loss < state.best_val_loss:
-        state = replace(state, best_step=state.step, best_val_loss=val_loss)
+def note_validation(state: TrainingState, loss: float) -> TrainingState:
+    """The state with this validation loss, and with how many validations have brought none lower."""
+    if state.lowest_val_loss is None or loss < state.lowest_val_loss:
+        return replace(state, val_loss=loss, lowest_val_loss=loss, stale_validations=0)
+    return replace(state, val_loss=loss, stale_validations=state.stale_validations + 1)
+
+
+def note_best(state: TrainingState) -> TrainingState:
+    """The state of a step that is saved, as the best where its validation loss is the lowest of the saved ones."""
+    if state.val_loss is not None and (state.best_val_loss is None or state.val_loss < state.best_val_loss):
+        state = replace(state, best_step=state.step, best_val_loss=state.val_loss)
     return state
 
 
@@ -526,14 +535,16 @@ def summary(run: Run) -> dict[str, Any]:
     """The last figures of a finished run, from its metrics."""
     last: dict[str, dict[str, Any]] = {event["event"]: event for event in read_metrics(run.path)}
     step, val, done = last.get("step", {}), last.get("val", {}), last.get("done", {})
+    steps = done.get("step", step.get("step"))  # an early stop comes between two lines of metrics
+    seconds = max((event["train_seconds"] for event in (step, val) if event), default=None)
     return {
         "run": str(run.path),
-        "steps": step.get("step"),
+        "steps": steps,
         "train_loss": step.get("loss"),
         "val_loss": val.get("loss"),
         "bits_per_byte": val.get("bits_per_byte"),
-        "tokens_per_second": run.config.train.batch_tokens * step["step"] / step["train_seconds"] if step else None,
-        "train_seconds": step.get("train_seconds"),
+        "tokens_per_second": run.config.train.batch_tokens * steps / seconds if steps and seconds else None,
+        "train_seconds": seconds,
         "evaluation_seconds": done.get("evaluation_seconds"),
         "compile_seconds": done.get("compile_seconds"),
     }

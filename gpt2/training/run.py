@@ -12,7 +12,17 @@ import torch
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import is_run, newest_good_checkpoint, resolve_model
-from gpt2.config import Config, GPTConfig, flatten, free_on_resume, from_dict, read_run_config, to_dict, to_toml
+from gpt2.config import (
+    Config,
+    GPTConfig,
+    TrainConfig,
+    flatten,
+    free_on_resume,
+    from_dict,
+    read_run_config,
+    to_dict,
+    to_toml,
+)
 from gpt2.data.shards import Dataset
 from gpt2.distributed import Distributed, multiplies_bf16_fast
 from gpt2.errors import RequestError, WorkError
@@ -60,6 +70,8 @@ def start_run(config: Config, out: Path, distributed: Distributed | None = None)
                 )
             return _found(out, resolved, distributed, notes)
         resolved.check_micro_batch(distributed.world_size)
+        if resolved.train.init_from:
+            hf.read_pretrained(resolve_model(resolved.train.init_from))  # damage is told before anything is written
         with new_directory(out) as directory:
             (directory / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
             (directory / "checkpoints").mkdir()
@@ -85,7 +97,7 @@ def resume_run(path: Path, config: Config, distributed: Distributed | None = Non
             raise RequestError(
                 f"the data in {config.train.data} is not what {path} was trained on: give its own with --data"
             )
-        resolved, notes = resolve(config, dataset, distributed)
+        resolved, notes = resolve(config, dataset, distributed, resumed=True)
         return _found(path, resolved, distributed, notes)
 
     return _opened(path, dataset, distributed, distributed.on_main(prepare))
@@ -112,14 +124,17 @@ def _opened(path: Path, dataset: Dataset, distributed: Distributed, found: dict[
     return Run(path, config, dataset, distributed, checkpoint, tuple(found["notes"]))
 
 
-def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple[Config, list[str]]:
+def resolve(
+    config: Config, dataset: Dataset, distributed: Distributed, resumed: bool = False
+) -> tuple[Config, list[str]]:
     """Fills in what depends on the data, the device and the weights to start from; checks that they fit together.
 
-    Raises RequestError.
+    A resumed run has its model's shape already and does not look at the weights that it once started from: they may
+    be gone. Raises RequestError.
     """
     notes = []
     model, train = config.model, config.train
-    if train.init_from:
+    if train.init_from and not resumed:
         model, tokenizer = _pretrained_shape(train.init_from, config)
         if tokenizer is not None and tokenizer.hash != dataset.tokenizer.hash:
             raise RequestError(
@@ -134,6 +149,7 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
     model = dataclasses.replace(model, vocab_size=dataset.tokenizer.vocab_size)
     if config.eval.hellaswag_every:
         hellaswag_items(config, dataset)  # raises where the file is not there or is another
+    notes += check_text(dataset, model, train)
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(distributed.device) else "fp32"
@@ -153,6 +169,30 @@ def hellaswag_items(config: Config, dataset: Dataset) -> Items | None:
         return None
     file = Path(config.eval.hellaswag_file) if config.eval.hellaswag_file else None
     return tokenize(read_items(file, config.eval.hellaswag_items), dataset.tokenizer, config.model.n_ctx)
+
+
+def check_text(dataset: Dataset, model: GPTConfig, train: TrainConfig) -> list[str]:
+    """Whether there is enough text; a line where a step takes more than all of it. Raises RequestError."""
+    tokens = dataset.split("train").tokens
+    windows = (tokens - 1) // model.n_ctx
+    if windows < 1:
+        mend = "start from a model of a shorter context" if train.init_from else "set a smaller model.n_ctx"
+        raise RequestError(
+            f"the text is too small: {dataset.path} has {tokens} tokens to train on, one window of the model needs "
+            f"{model.n_ctx + 1}; give more text, or {mend}"
+        )
+    if train.patience and not dataset.has_split("val"):
+        raise RequestError(
+            f"train.patience needs a validation loss, and {dataset.path} has no validation text: prepare it with a "
+            "larger --val-fraction, or set train.patience to 0"
+        )
+    at_once = train.batch_tokens // model.n_ctx
+    if windows >= at_once:
+        return []
+    return [
+        f"the text is small: a step takes {at_once} windows of {model.n_ctx} tokens, all of the text is {windows}; "
+        f"every step goes through it {at_once / windows:.1f} times (--train.batch-tokens {windows * model.n_ctx}: once)"
+    ]
 
 
 def can_compile(device: torch.device) -> bool:
