@@ -262,6 +262,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.patience and not (self.eval.every or self.checkpoint.every):
             raise RequestError("train.patience counts validations: set eval.every, the steps between them, above 0")
+        if not self.train.init_from:  # else the context is that of the weights, which are not read here
+            self.check_batch()
+
+    def check_batch(self) -> None:
+        """Raises RequestError with the nearest that will do where a step is not a whole number of windows."""
         batch, n_ctx = self.train.batch_tokens, self.model.n_ctx
         if batch % n_ctx != 0:
             raise RequestError(
@@ -275,6 +280,7 @@ class Config:
 
     def windows_per_process(self, world_size: int = 1) -> int:
         """Windows of a step that each process takes. Raises RequestError where they cannot be shared evenly."""
+        self.check_batch()
         if self.batch_windows % world_size == 0:
             return self.batch_windows // world_size
         tokens = _multiples(self.train.batch_tokens, self.model.n_ctx * world_size)
