@@ -118,7 +118,7 @@ def main() -> None:
             "damaged_while_full": damaged(run),
             "message": message,
             "message_seconds_after_filling": round(said_after, 2),
-            "message_names_the_checkpoint": message.startswith("gpt2: ") and "step_" in message,
+            "message_names_the_checkpoint": "step_" in message and "Traceback" not in said(output),
             "training_goes_on_while_full": goes_on_by_itself,
         }
         print(message)
