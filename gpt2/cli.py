@@ -6,6 +6,7 @@ The verbs' options and work are in commands/, a file each, imported only when on
 
 import difflib
 import importlib
+import io
 import json
 import os
 import sys
@@ -34,6 +35,9 @@ DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit code (0 done, 1 failed, 2 wrong request, 128 + n stopped by signal n)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack what a model says
+            stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -42,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, WRONG_REQUEST)
     except WorkError as error:
         return _complain(error, FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _complain(
+            WorkError("the memory does not suffice: take less at once (--batch, -n, train.micro_batch, eval.batch)"),
+            FAILED,
+        )
     except KeyboardInterrupt:
         print("gpt2: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -98,6 +109,12 @@ def _warn(
     line: str | None = None,
 ) -> None:
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """numpy raises MemoryError; torch, which is not imported here, a RuntimeError, on a CPU of no kind of its own."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _complain(error: RequestError | WorkError, code: int) -> int:

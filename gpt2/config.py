@@ -8,6 +8,7 @@ each section checks itself when it is made and raises RequestError with one line
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import tomllib
 import types
@@ -389,7 +390,7 @@ def read_toml(path: Path, base: Config | None = None) -> Config:
 
 def read_run_config(run: Path) -> Config:
     """The resolved config of a run's directory. Raises RequestError where it is no run."""
-    if not (run / "config.toml").is_file():
+    if not os.path.isfile(run / "config.toml"):  # False, not an error, for a name too long or a closed folder
         raise RequestError(
             f"{run} is no run (it has no config.toml): start one with gpt2 train --data DATA --out {run}"
         )

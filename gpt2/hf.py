@@ -229,7 +229,7 @@ def local_directory(path_or_id: str | Path) -> Path:
     """The directory itself, or a hub id's files after a download. Raises RequestError."""
     path = Path(path_or_id)
     if os.path.isdir(path):  # where Path.is_dir raises (a name too long, a folder closed to us), this is False
-        if not (path / "config.json").is_file():
+        if not os.path.isfile(path / "config.json"):
             raise RequestError(
                 f"{path} holds no config.json: name a run, a checkpoint or a Hugging Face GPT-2 directory"
             )

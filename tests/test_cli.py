@@ -91,6 +91,9 @@ def test_wrong_requests_are_one_line_and_write_nothing(
         ((*base, "--config", str(tmp_path / "none.toml")), "cannot read"),
         ((*base, "--resume", out), "--out and --resume"),
         (("train", "--resume", here), "is no run"),
+        (("train", "--resume", "x" * 5000), "is no run"),
+        (("train", "--data", "x" * 5000, "--out", out), "cannot read"),
+        (("prepare", "", "--out", out), "SOURCE is empty"),
         ((*base, "--init-from", str(tmp_path / "empty")), "no config.json"),
         (("prepare", str(tmp_path / "nothing"), "--out", out), "there is no file or directory"),
         (("prepare", str(tmp_path / "empty"), "--out", out), "holds no .txt"),
@@ -186,6 +189,90 @@ def test_an_altered_checkpoint_is_a_failure_not_a_traceback(
     assert code == 1
     assert "model.safetensors is altered" in err
     assert err.count("\n") == 1
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path
+) -> None:
+    out = tmp_path / "run"
+    argv = ("train", "--data", str(data), "--out", str(out), "--preset", "tiny", "--train.steps", "2")
+    assert run(*argv, "--checkpoint.every", "1", capsys=capsys)[0] == 0
+    (out / "checkpoints" / "step_000002" / "vocab.json").write_text("{}")
+    code, _, err = run("train", "--resume", str(out), capsys=capsys)
+    assert code == 0
+    assert "warning: " + str(out / "checkpoints" / "step_000002" / "vocab.json") + " is altered" in err
+    assert "warning: the run goes on from step_000001\n" in err
+
+
+def test_weights_that_are_no_numbers_have_no_loss(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    argv = ("train", "--data", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny", "--train.steps", "1")
+    assert run(*argv, capsys=capsys)[0] == 0
+    model = next((tmp_path / "run" / "checkpoints").iterdir())
+    tensors = load_file(model / "model.safetensors")
+    tensors["transformer.ln_f.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    code, out, err = run("eval", str(model), "--data", str(data), "--json", capsys=capsys)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "is nan: its weights are spoilt" in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(argv: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("gpt2.cli._run", fail)
+    code, _, err = run("eval", capsys=capsys)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "the memory does not suffice: take less at once (--batch" in err
+
+
+def test_another_runtime_error_is_a_bug_and_shows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(argv: list[str]) -> int:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("gpt2.cli._run", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["eval"])
+
+
+@pytest.mark.parametrize("prompt", ["é 世", b"\xff"])
+def test_a_terminal_without_the_characters_is_no_failure(tmp_path: Path, data: Path, prompt: str | bytes) -> None:
+    out = str(tmp_path / "run")
+    assert main(("train", "--data", str(data), "--out", out, "--preset", "tiny", "--train.steps", "1")) == 0
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii" if isinstance(prompt, str) else "utf-8"}
+    command = [sys.executable, "-m", "gpt2", "sample", out, "--max-tokens", "2", "--json", "--prompt", prompt]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout.splitlines()[0]
+
+
+def test_a_folder_that_is_closed_to_us_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    """As the system tells it to a user who is not root."""
+
+    def closed(path: Path, *args: object, **named: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    monkeypatch.setattr(Path, "read_bytes", closed)
+    argv = ("train", "--data", str(data), "--out", str(tmp_path / "run"), "--preset", "tiny")
+    code, _, err = run(*argv, capsys=capsys)
+    assert (code, err) == (2, f"gpt2: cannot read {data / 'dataset.json'}: Permission denied\n")
 
 
 def test_debug_shows_the_traceback() -> None:

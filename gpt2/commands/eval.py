@@ -1,5 +1,6 @@
 """gpt2 eval: what a model is worth."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from gpt2.commands.common import Json, Outcome, parse, say, working
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ def _loss(args: Eval) -> Outcome:
     result = evaluate_model_loss(
         engine.model, engine.tokenizer, dataset, args.split, args.batch, args.windows, args.stride
     )
+    if not math.isfinite(result.loss):
+        raise WorkError(
+            f"the loss of {args.model} is {result.loss}: its weights are spoilt; take an earlier checkpoint"
+        )
     say(
         f"{args.model} on {args.data} ({args.split}): loss {result.loss:.4f} nats a token, perplexity "
         f"{result.perplexity:.2f}, {result.bits_per_byte:.4f} bits per byte "

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> Outcome:
         opened = run.resume_run(Path(chosen.resume), config, group)
     if opened.distributed.is_main:
         for note in opened.notes:
-            print(f"gpt2: {note}", file=sys.stderr)
+            warnings.warn(note, stacklevel=1)
     try:
         result = loop.train(opened)
     except loop.Stopped as stopped:

@@ -36,6 +36,7 @@ from gpt2.training.peak import device_peak
 from gpt2.training.run import Run, hellaswag_items
 from gpt2.training.saver import OPTIMIZER, WEIGHTS, Saver
 from gpt2.training.schedule import learning_rate_factor, progress_by_steps
+from gpt2.training.settings import settings_kept
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -48,6 +49,7 @@ class Stopped(Exception):
         self.signal = number
 
 
+@settings_kept()
 def train(run: Run, quiet: bool = False) -> dict[str, Any]:
     """Trains to the end of the run; gives its last figures by the names of the command line.
 

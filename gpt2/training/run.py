@@ -60,9 +60,10 @@ def start_run(config: Config, out: Path, distributed: Distributed | None = None)
     dataset = Dataset.open(Path(config.train.data))
 
     def prepare() -> dict[str, Any]:
-        resolved, notes = resolve(config, dataset, distributed)
-        if is_run(out):
-            different = _differences(resolved, read_run_config(out))
+        saved = read_run_config(out) if is_run(out) else None
+        resolved, notes = resolve(config, dataset, distributed, saved)
+        if saved is not None:
+            different = _differences(resolved, saved)
             if different:
                 raise RequestError(
                     f"{out} is a run of another config ({', '.join(different)}): name another --out, "
@@ -97,7 +98,7 @@ def resume_run(path: Path, config: Config, distributed: Distributed | None = Non
             raise RequestError(
                 f"the data in {config.train.data} is not what {path} was trained on: give its own with --data"
             )
-        resolved, notes = resolve(config, dataset, distributed, resumed=True)
+        resolved, notes = resolve(config, dataset, distributed, saved)
         return _found(path, resolved, distributed, notes)
 
     return _opened(path, dataset, distributed, distributed.on_main(prepare))
@@ -111,6 +112,12 @@ def _found(path: Path, config: Config, distributed: Distributed, notes: list[str
     """A run that is there: its newest checkpoint. Its windows must go into the number of processes of today."""
     config.windows_per_process(distributed.world_size)
     checkpoint, complaints = newest_good_checkpoint(path)
+    if checkpoint is None and complaints:  # step 0 would cost the user all that was trained, and the metrics
+        raise WorkError(
+            f"{path} has no good checkpoint to go on from: {complaints[0]}; restore it from a copy, or start a new run"
+        )
+    if complaints and checkpoint is not None:
+        complaints.append(f"the run goes on from {checkpoint.name}")
     return {"config": to_dict(config), "checkpoint": checkpoint and str(checkpoint), "notes": [*notes, *complaints]}
 
 
@@ -125,16 +132,18 @@ def _opened(path: Path, dataset: Dataset, distributed: Distributed, found: dict[
 
 
 def resolve(
-    config: Config, dataset: Dataset, distributed: Distributed, resumed: bool = False
+    config: Config, dataset: Dataset, distributed: Distributed, saved: Config | None = None
 ) -> tuple[Config, list[str]]:
     """Fills in what depends on the data, the device and the weights to start from; checks that they fit together.
 
-    A resumed run has its model's shape already and does not look at the weights that it once started from: they may
-    be gone. Raises RequestError.
+    saved: the config of a run that goes on, whose checkpoints no longer need the weights it started from.
+    Raises RequestError.
     """
     notes = []
     model, train = config.model, config.train
-    if train.init_from and not resumed:
+    if saved is not None and train.init_from == saved.train.init_from != "":
+        model = _shape_of_weights(saved.model, config)
+    elif train.init_from:
         model, tokenizer = _pretrained_shape(train.init_from, config)
         if tokenizer is not None and tokenizer.hash != dataset.tokenizer.hash:
             raise RequestError(
@@ -150,6 +159,12 @@ def resolve(
     if config.eval.hellaswag_every:
         hellaswag_items(config, dataset)  # raises where the file is not there or is another
     notes += check_text(dataset, model, train)
+    prompt = len(dataset.tokenizer.encode(config.eval.sample_prompt)) if config.eval.sample_every else 0
+    if prompt > model.n_ctx:
+        raise RequestError(
+            f"eval.sample_prompt has {prompt} tokens, the model's context {model.n_ctx}: shorten it, "
+            "or set eval.sample_every to 0"
+        )
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(distributed.device) else "fp32"
@@ -205,8 +220,14 @@ def can_compile(device: torch.device) -> bool:
 
 def _pretrained_shape(model: str, config: Config) -> tuple[GPTConfig, Tokenizer | None]:
     directory = hf.local_directory(resolve_model(model))
-    shape = hf.read_config(directory)
-    shape = dataclasses.replace(
+    shape = _shape_of_weights(hf.read_config(directory), config)
+    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return shape, Tokenizer.load(directory) if has_tokenizer else None
+
+
+def _shape_of_weights(shape: GPTConfig, config: Config) -> GPTConfig:
+    """The weights decide all but what a run may choose anew."""
+    return dataclasses.replace(
         shape,
         dropout=config.model.dropout,
         attention=config.model.attention,
@@ -214,8 +235,6 @@ def _pretrained_shape(model: str, config: Config) -> tuple[GPTConfig, Tokenizer 
         recompute=config.model.recompute,
         pad_vocab_to=config.model.pad_vocab_to,
     )
-    has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    return shape, Tokenizer.load(directory) if has_tokenizer else None
 
 
 def _differences(config: Config, saved: Config) -> list[str]:

@@ -280,13 +280,22 @@ def test_wrong_requests(engine: Engine) -> None:
         ("top_p 2 must be in", {"top_p": 2}),
     ]
     for expected, change in cases:
-        for call in (engine.generate, lambda **k: list(engine.stream(**k)), lambda **k: engine.generate_many(n=2, **k)):
+        # The stream is refused when it is asked for, not at its first piece.
+        for call in (engine.generate, engine.stream, lambda **k: engine.generate_many(n=2, **k)):
             with pytest.raises(RequestError, match=expected):
                 call(**({"prompt": "a"} | change))
     with pytest.raises(RequestError, match="n = 0 must be at least 1"):
         engine.generate_many("a", 0)
     with pytest.raises(RequestError, match="the model has 300 tokens, its tokenizer 257: they do not belong together"):
         Engine(GPT(replace(CONFIG, vocab_size=300)), BYTES)
+
+
+def test_weights_that_are_no_numbers_are_one_line() -> None:
+    model = network()
+    model.ln_f.weight.data[0] = float("nan")
+    for options in OPTIONS:
+        with pytest.raises(WorkError, match="the model's output is not a number: its weights are spoilt"):
+            Engine(model, BYTES).generate("a", max_tokens=3, **options)
 
 
 def test_padded_ids_cannot_come_out() -> None:

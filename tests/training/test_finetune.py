@@ -58,7 +58,8 @@ def test_it_lowers_the_loss_on_new_text_and_leaves_the_original(original: Path, 
     before = contents(original)
     engine = load(original)
     loss_before = evaluate_model_loss(engine.model, engine.tokenizer, Dataset.open(new_text)).loss
-    result = train(start_run(finetune(original, new_text), tmp_path / "run"), quiet=True)
+    config = from_dict({"optim": {"lr": 1e-2}}, finetune(original, new_text, steps=160))
+    result = train(start_run(config, tmp_path / "run"), quiet=True)
     assert result["val_loss"] < loss_before - 0.5
     engine = load(tmp_path / "run")
     again = evaluate_model_loss(engine.model, engine.tokenizer, Dataset.open(new_text)).loss
@@ -156,7 +157,7 @@ def test_patience_without_validations_is_refused(train_fields: dict[str, int], s
 
 def test_a_text_too_small_for_a_window_is_told_before_the_run_starts(original: Path, tmp_path: Path) -> None:
     (tmp_path / "small.txt").write_text("Too small a text.\n")
-    prepare(str(tmp_path / "small.txt"), tmp_path / "data", "bytes")
+    prepare(str(tmp_path / "small.txt"), tmp_path / "data", "bytes", 0.0)
     with pytest.raises(RequestError, match=r"too small: .* has \d+ tokens .* needs 33; give more text, or start from"):
         start_run(finetune(original, tmp_path / "data"), tmp_path / "run")
     config = from_dict({"train": {"data": str(tmp_path / "data")}}, preset("tiny"))

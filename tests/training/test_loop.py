@@ -252,9 +252,64 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Config, tmp
     assert "step_000020/model.safetensors is altered" in complaints[0]
     again = resume_run(run.path, read_run_config(run.path))
     assert again.checkpoint == path
-    assert complaints[0] in again.notes
+    assert again.notes == (complaints[0], "the run goes on from step_000010")
     train(again, quiet=True)
     assert newest_good_checkpoint(run.path)[1] == []
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny: Config, tmp_path: Path) -> None:
+    train(start_run(tiny, tmp_path / "run"), quiet=True)
+    for path in list_checkpoints(tmp_path / "run"):
+        (path / "config.json").write_text("{}")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for again in (lambda: start_run(tiny, tmp_path / "run"), lambda: resume_run(tmp_path / "run", tiny_of(tmp_path))):
+        with pytest.raises(WorkError, match=r"no good checkpoint to go on from: .*config\.json is altered"):
+            again()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def tiny_of(directory: Path) -> Config:
+    return read_run_config(directory / "run")
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(tiny: Config, tmp_path: Path) -> None:
+    """They may be gone, or may have been trained on: the run has checkpoints of its own."""
+    train(start_run(changed(tiny, model__n_layer=1, train__steps=1), tmp_path / "first"), quiet=True)
+    config = changed(tiny, train__init_from=str(tmp_path / "first"), train__steps=4, checkpoint__every=2)
+    train(start_run(config, tmp_path / "run"), quiet=True)
+    whole = weights_of(tmp_path / "run")
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    for again in (lambda: start_run(config, tmp_path / "run"), lambda: resume_run(tmp_path / "run", tiny_of(tmp_path))):
+        (list_checkpoints(tmp_path / "run")[-1] / "checksums.json").unlink()
+        run = again()
+        assert run.checkpoint is not None
+        assert step_of(run.checkpoint) == 2
+        assert run.config.model.n_layer == 1
+        train(run, quiet=True)
+        assert_equal_bits(weights_of(tmp_path / "run"), whole)
+
+
+def test_a_sample_prompt_longer_than_the_context_is_refused_before_the_run(tiny: Config, tmp_path: Path) -> None:
+    config = changed(tiny, eval__sample_prompt="x" * 33)
+    with pytest.raises(RequestError, match=r"eval\.sample_prompt has 33 tokens, the model's context 32"):
+        start_run(changed(config, eval__sample_every=5), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    start_run(config, tmp_path / "run")  # without samples nobody reads it
+    with pytest.raises(RequestError, match=r"eval\.sample_prompt"):
+        resume_run(tmp_path / "run", changed(read_run_config(tmp_path / "run"), eval__sample_every=5))
+
+
+def test_training_leaves_torchs_settings_as_they_were(tiny: Config, tmp_path: Path) -> None:
+    def found() -> tuple[object, ...]:
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), fill
+
+    before = found()
+    train(start_run(changed(tiny, train__steps=1), tmp_path / "run"), quiet=True)
+    assert found() == before
+    with pytest.raises(WorkError):
+        train(start_run(changed(tiny, optim__lr=1e30, optim__warmup_steps=0), tmp_path / "bad"), quiet=True)
+    assert found() == before
 
 
 def test_a_damaged_shard_stops_training_before_its_tokens_are_used(
