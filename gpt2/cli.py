@@ -21,6 +21,8 @@ VERBS = {
     "train": "train a GPT-2, or go on with a run",
     "eval": "loss, perplexity and bits per byte of a model on prepared data",
     "sample": "continue a prompt",
+    "ladder": "what each optimisation of training gains on this machine",
+    "bench": "this project against others: train",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
