@@ -67,7 +67,8 @@ def _run(argv: list[str]) -> int:
     if outcome.as_json:
         print(json.dumps(outcome.result, ensure_ascii=False))
     sys.stdout.flush()
-    return outcome.code
+    code: int = outcome.code
+    return code
 
 
 def help_text() -> str:

@@ -8,7 +8,7 @@ the learning rate's schedule.
 import ast
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.config import Config
+from gpt2.config import Config, OptimConfig
 from gpt2.errors import RequestError
 from gpt2.model import GPT
 from gpt2.training.loop import accumulate_gradients, loss_function, set_numerics, to_device
@@ -74,7 +74,11 @@ def _ours(config: Config, accumulation: int, device: torch.device) -> Contender:
         "attention": config.model.attention,
         "padded_vocabulary": config.model.padded_vocab_size,
     }
-    return Contender(model, lambda x, y: accumulate_gradients(mean_loss, x, y, accumulation, device), optimizers, setting)
+
+    def gradients(x: np.ndarray, y: np.ndarray) -> Tensor:
+        return accumulate_gradients(mean_loss, x, y, accumulation, device)
+
+    return Contender(model, gradients, optimizers, setting)
 
 
 def _peer(
@@ -243,10 +247,8 @@ PEERS: dict[str, Callable[[str, Config, int, torch.device], Contender]] = {
 NEEDS_PATH = ("nanogpt", "build-nanogpt")
 
 
-def _fused(config: Config) -> Any:
+def _fused(config: Config) -> OptimConfig:
     """The optimizer's options with torch's fused kernel, which build_optimizers then chooses for any module."""
-    from dataclasses import replace
-
     return replace(config.optim, optimizer="adamw", fused=True)
 
 

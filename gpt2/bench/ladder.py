@@ -15,29 +15,26 @@ from typing import Any
 import torch
 
 from gpt2.bench.machine import machine
-from gpt2.bench.worker import Worker, run_in_turn
+from gpt2.bench.worker import Say, Worker, start_all, take_turns
 from gpt2.config import Config, from_dict, preset
 from gpt2.data.shards import Dataset
 from gpt2.distributed import find_device, multiplies_bf16_fast
 from gpt2.doctor import memory
-from gpt2.errors import RequestError, WorkError
+from gpt2.errors import RequestError
 from gpt2.model import flops_per_token
 from gpt2.training.peak import device_peak
 from gpt2.training.run import can_compile
 
-Say = Callable[[str], None]
-TURN_SECONDS = 2.0
-
-# Loss differences that are allowed, as a part of the first loss (ln of the vocabulary, 10.8 nats for GPT-2).
+# Loss differences that are allowed, as a part of the first loss. A loss is log Σ exp z - z_y: logits z that are off by
+# a part u move it by at most u (|log Σ exp z| + |z_y|), which at the start is u ln V, the first loss.
 ROUNDING = {
     "fp32": (
-        2.0**-15,
-        "only the order of float32 sums differs (2^-24 each); AdamW divides each gradient by its own size, so where a "
-        "gradient is nothing but rounding its weight moves by the full learning rate: 2^9 units are allowed for that, "
-        "a fifth of what the padded columns would add to the loss if they were not left out",
+        2.0**-17,
+        "2^7 roundings of float32 (2^-24 each), as only the order of its sums differs: a tenth of what the padded "
+        "columns would add to the loss if they were not left out",
     ),
-    "tf32": (2.0**-11, "TF32 keeps 10 bits of mantissa: half a unit in its last place is 2^-11 of a value"),
-    "bf16": (2.0**-8, "bfloat16 keeps 7 bits of mantissa: half a unit in its last place is 2^-8 of a value"),
+    "tf32": (2.0**-11, "one rounding of TF32, which keeps 10 bits of mantissa, in each logit and all of one sign"),
+    "bf16": (2.0**-8, "one rounding of bfloat16, which keeps 7 bits of mantissa, in each logit and all of one sign"),
 }
 
 
@@ -63,7 +60,11 @@ def _no_tf32(device: torch.device) -> str:
 
 
 def _no_fast_bf16(device: torch.device) -> str:
-    return "" if multiplies_bf16_fast(device) else "this device has no bfloat16 instructions: emulated, it is the slower"
+    return (
+        ""
+        if multiplies_bf16_fast(device)
+        else "this device has no bfloat16 instructions: emulated, it would be far slower"
+    )
 
 
 def _no_compiler(device: torch.device) -> str:
@@ -188,12 +189,16 @@ def ladder(options: Options, data: Path, say: Say = lambda line: None) -> dict[s
     base = base_config(options, data, device)
     entries = climb(options, base, data, device)
     workers = [entry.worker for entry in entries if entry.worker is not None]
+    for entry in entries:
+        if entry.skipped:
+            say(f"{entry.rung.name}: skipped, {entry.skipped}")
     peak_precision = "bf16" if multiplies_bf16_fast(device) else "fp32"
     peak = device_peak(device, peak_precision)
     available = free_memory(device)
     try:
-        alive = build_all(entries, available, say)
-        turn_steps, rounds = take_turns(workers, options, alive, started, say)
+        alive = start_all(workers, available, say)
+        deadline = started + 60 * options.minutes
+        turn_steps, rounds = take_turns(workers, alive, options.rounds, options.steps, deadline, say)
     finally:
         for worker in workers:
             worker.stop()
@@ -229,60 +234,6 @@ def free_memory(device: torch.device) -> int:
     return memory()[1] or 0
 
 
-def build_all(entries: Sequence[Entry], available: int, say: Say) -> bool:
-    """Starts every rung once, compiled, with one step behind it; gives whether all may stay in memory together."""
-    workers = [entry.worker for entry in entries if entry.worker is not None]
-    alive = len(workers) > 1
-    for entry in entries:
-        if entry.worker is None:
-            say(f"{entry.rung.name}: skipped, {entry.skipped}")
-            continue
-        worker = entry.worker
-        try:
-            worker.start()
-            seconds = worker.train(1, timed=False, release=True)
-        except WorkError as error:
-            worker.failure = str(error)
-            say(f"{entry.rung.name}: {error}")
-            continue
-        compiled = f", compiled in {worker.facts['compile_seconds']:.0f} s" if entry.config.train.compile else ""
-        say(f"{entry.rung.name}: built in {worker.facts['build_seconds']:.0f} s{compiled}; first step {seconds:.2f} s")
-        # What is freed between turns may not be given back, so the whole peak counts on a CPU.
-        each = worker.held_bytes if entry.config.train.device.startswith("cuda") else worker.peak_bytes
-        if alive and available and each * (len(workers) - 1) + worker.peak_bytes > 0.9 * available:
-            alive = False
-            say("together the rungs do not fit into memory: each is built anew for its turn")
-            for other in workers:
-                other.stop()
-        if not alive:
-            worker.stop()
-    return alive
-
-
-def take_turns(workers: Sequence[Worker], options: Options, alive: bool, started: float, say: Say) -> tuple[int, int]:
-    """Rounds until both `rounds` and `steps` are reached or the time is up; gives (steps a turn, rounds)."""
-    able = [worker for worker in workers if not worker.failure]
-    if not able:
-        reasons = "; ".join(f"{worker.name}: {worker.failure}" for worker in workers)
-        raise WorkError(f"no rung could be measured ({reasons})")
-    deadline = started + 60 * options.minutes
-    # A turn of the slowest lasts about two seconds, so that reading the clock does not matter; at least one step.
-    within = round(TURN_SECONDS / max(1e-6, max(worker.first_step for worker in able)))
-    turn_steps = min(max(1, within), max(1, options.steps // 2)) if alive else max(1, options.steps - 1)
-    rounds = 0
-    while rounds < options.rounds or (alive and min(len(w.losses) for w in able if not w.failure) < options.steps):
-        before = time.perf_counter()
-        run_in_turn(able, turn_steps, release=alive)
-        rounds += 1
-        if all(worker.failure for worker in able):
-            raise WorkError(f"no rung could be measured ({able[0].name}: {able[0].failure})")
-        now = time.perf_counter()
-        say(f"round {rounds}: {now - before:.1f} s for {turn_steps} step(s) of each rung, {now - started:.0f} s in all")
-        if now + (now - before) > deadline:
-            break
-    return turn_steps, rounds
-
-
 def report(entries: Sequence[Entry], base: Config, peak: float, loss_steps: int) -> list[dict[str, Any]]:
     """The figures of every rung, skipped ones with their reason."""
     measured = [e.worker for e in entries if e.worker is not None and e.worker.turns]
@@ -293,14 +244,17 @@ def report(entries: Sequence[Entry], base: Config, peak: float, loss_steps: int)
     before: Worker | None = None
     for entry in entries:
         worker = entry.worker
-        result: dict[str, Any] = {"name": entry.rung.name, "title": entry.rung.title, "change": _flat(entry.rung.change)}
+        result: dict[str, Any] = {
+            "name": entry.rung.name,
+            "title": entry.rung.title,
+            "change": _flat(entry.rung.change),
+        }
         results.append(result)
         if worker is None or not worker.turns:
             result["skipped"] = entry.skipped or (worker.failure if worker else "")
             continue
         seconds = worker.seconds_a_step
         speed = tokens / seconds
-        compiles = entry.config.train.compile
         result |= {
             "tokens_per_second": speed,
             "ms_per_step": 1e3 * seconds,
@@ -308,7 +262,7 @@ def report(entries: Sequence[Entry], base: Config, peak: float, loss_steps: int)
             "peak_memory": worker.peak_bytes,
             "gain": before.seconds_a_step / seconds if before else None,
             "gain_total": first.seconds_a_step / seconds if first else None,
-            "compile_seconds": max(0.0, worker.facts["compile_seconds"] - seconds) if compiles else 0.0,
+            "compile_seconds": worker.compile_seconds,
             "ms_per_step_each_turn": [1e3 * turn for turn in worker.turns],
         }
         if first is not None:
@@ -350,7 +304,17 @@ def print_table(ladder_report: Mapping[str, Any]) -> None:
 
     table = Table(caption=caption(ladder_report), caption_justify="left")
     table.add_column("rung")
-    for head in ("tokens/s", "ms a step", "MFU", "memory", "gain", "over the first", "compile", "loss − fp32", "allowed"):
+    for head in (
+        "tokens/s",
+        "ms a step",
+        "MFU",
+        "memory",
+        "gain",
+        "over the first",
+        "compile",
+        "loss − fp32",
+        "allowed",
+    ):
         table.add_column(head, justify="right")
     for result in ladder_report["results"]:
         if "skipped" in result:

@@ -6,6 +6,7 @@
 A worker waits between its turns, holding weights and optimizer but no activations.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from typing import Any
 import gpt2
 from gpt2.config import Config, from_dict, to_dict
 from gpt2.errors import RequestError, WorkError
+
+Say = Callable[[str], None]
+TURN_SECONDS = 2.0
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Worker:
     path: str = ""
     """The user's copy of another program."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Of the last start: setting, build_seconds, compile_seconds, parameters, threads."""
+    """Of the last start: setting, build_seconds, first_pass_seconds, parameters, threads."""
     first_step: float = 0.0
     """Seconds of the first step after a start, in which the optimizer makes its state."""
     turns: list[float] = field(default_factory=list)
@@ -64,12 +68,23 @@ class Worker:
         """Median over the turns."""
         return statistics.median(self.turns)
 
+    @property
+    def compile_seconds(self) -> float:
+        """What the first pass took beyond a step, where the network is compiled."""
+        step = self.seconds_a_step if self.turns else self.first_step
+        return max(0.0, self.facts["first_pass_seconds"] - step) if self.config.train.compile else 0.0
+
+    @property
+    def kept_bytes(self) -> int:
+        """What it may keep while others have their turn: a CPU process need not give back what it has freed."""
+        return self.held_bytes if self.config.train.device.startswith("cuda") else self.peak_bytes
+
     def start(self) -> None:
         """Starts the process, builds, compiles. Raises RequestError or WorkError with the child's reason."""
         environment = dict(os.environ)
         package = str(Path(gpt2.__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
-        self._complaints = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
+        self._complaints = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gpt2.bench.worker"],
             stdin=subprocess.PIPE,
@@ -112,10 +127,8 @@ class Worker:
         process, self._process = self._process, None
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
+                with contextlib.suppress(OSError):
                     stream.close()  # the end of its input is its sign to leave
-                except OSError:
-                    pass
         try:
             process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -151,21 +164,78 @@ class Worker:
         return answer
 
 
-def run_in_turn(workers: Sequence[Worker], steps: int, release: bool) -> None:
-    """A turn of `steps` for each worker that has not failed; one that is not there is started for its turn alone."""
+def start_all(workers: Sequence[Worker], available: int, say: Say) -> bool:
+    """Starts each once, compiled, with one step behind it; gives whether all may stay in memory together.
+
+    available: bytes that they may share; 0 where it is not known. A worker that fails says why in `failure`.
+    """
+    alive = len(workers) > 1
     for worker in workers:
-        if worker.failure:
-            continue
-        alone = not worker.running
         try:
-            if alone:
-                worker.start()
-                worker.train(1, timed=False)
-            worker.train(steps, release=release)
+            worker.start()
+            worker.train(1, timed=False, release=True)
         except WorkError as error:
             worker.failure = str(error)
-        if alone:
+            say(f"{worker.name}: {error}")
+            continue
+        compiled = f", compiled in {worker.compile_seconds:.0f} s" if worker.config.train.compile else ""
+        built = f"built in {worker.facts['build_seconds']:.0f} s{compiled}"
+        say(f"{worker.name}: {built}; first step {worker.first_step:.2f} s")
+        if alive and available and worker.kept_bytes * (len(workers) - 1) + worker.peak_bytes > 0.9 * available:
+            alive = False
+            say("together they do not fit into memory: each is built anew for its turn")
+            for other in workers:
+                other.stop()
+        if not alive:
             worker.stop()
+    return alive
+
+
+def take_turns(
+    workers: Sequence[Worker], alive: bool, rounds: int, losses: int, deadline: float, say: Say
+) -> tuple[int, int]:
+    """Rounds in which each takes a turn, at least `rounds` and until each has `losses` losses, unless the time is up.
+
+    deadline: by time.perf_counter(); no round starts that would end after it, but the first. Gives (steps a turn,
+    rounds). Raises WorkError where none can be measured.
+    """
+    able = [worker for worker in workers if not worker.failure]
+    if not able:
+        raise WorkError(f"nothing could be measured ({'; '.join(f'{w.name}: {w.failure}' for w in workers)})")
+    # A turn of the slowest lasts about two seconds, so that reading the clock does not matter; at least one step.
+    steps = max(1, round(TURN_SECONDS / max(1e-6, max(worker.first_step for worker in able))))
+    if losses and alive:
+        steps = min(steps, max(1, losses // 2))
+    elif losses:
+        steps = max(1, losses - 1)
+    done = 0
+    while done < rounds or (alive and min(len(worker.losses) for worker in able) < losses):
+        before = time.perf_counter()
+        for worker in able:
+            _turn(worker, steps, release=alive)
+        able = [worker for worker in able if not worker.failure]
+        if not able:
+            raise WorkError(f"nothing could be measured ({'; '.join(f'{w.name}: {w.failure}' for w in workers)})")
+        done += 1
+        now = time.perf_counter()
+        say(f"round {done}: {now - before:.1f} s for {steps} step(s) of each")
+        if now + (now - before) > deadline:
+            break
+    return steps, done
+
+
+def _turn(worker: Worker, steps: int, release: bool) -> None:
+    """One turn; a worker that is not there is started for it alone."""
+    alone = not worker.running
+    try:
+        if alone:
+            worker.start()
+            worker.train(1, timed=False)
+        worker.train(steps, release=release)
+    except WorkError as error:
+        worker.failure = str(error)
+    if alone:
+        worker.stop()
 
 
 # What runs in the process of its own.
@@ -219,7 +289,7 @@ class _Session:
         self.facts = {
             "setting": self.contender.setting,
             "build_seconds": built - started,
-            "compile_seconds": time.perf_counter() - built if config.train.compile else 0.0,
+            "first_pass_seconds": time.perf_counter() - built,
             "parameters": sum(p.numel() for p in self.contender.model.parameters()),
             "threads": torch.get_num_threads(),
         }
@@ -291,10 +361,8 @@ class _Session:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            try:  # Linux: "5" resets the peak of the resident set (proc(5))
+            with contextlib.suppress(OSError):  # Linux: "5" resets the peak of the resident set (proc(5))
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            except OSError:
-                pass
 
     def _peak(self) -> int:
         """Bytes: allocated on the GPU, or resident in this process."""
