@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gpt2.bench.machine import machine
-from gpt2.bench.worker import Say, Worker, start_all, take_turns
+from gpt2.bench.worker import START_SHARE, Say, Worker, start_all, take_turns
 from gpt2.config import Config, from_dict, preset
 from gpt2.data.shards import Dataset
 from gpt2.distributed import find_device, multiplies_bf16_fast
@@ -196,8 +196,8 @@ def ladder(options: Options, data: Path, say: Say = lambda line: None) -> dict[s
     peak = device_peak(device, peak_precision)
     available = free_memory(device)
     try:
-        alive = start_all(workers, available, say)
         deadline = started + 60 * options.minutes
+        alive = start_all(workers, available, say, started + START_SHARE * 60 * options.minutes)
         turn_steps, rounds = take_turns(workers, alive, options.rounds, options.steps, deadline, say)
     finally:
         for worker in workers:

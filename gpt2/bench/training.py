@@ -13,7 +13,7 @@ from gpt2.bench.contenders import NEEDS_PATH, OURS, PEERS
 from gpt2.bench.ladder import Options as Shapes
 from gpt2.bench.ladder import base_config, free_memory
 from gpt2.bench.machine import machine
-from gpt2.bench.worker import Say, Worker, start_all, take_turns
+from gpt2.bench.worker import START_SHARE, Say, Worker, start_all, take_turns
 from gpt2.config import from_dict
 from gpt2.distributed import find_device, multiplies_bf16_fast
 from gpt2.errors import RequestError, WorkError
@@ -61,10 +61,11 @@ def bench_training(
     workers = [Worker(name, config, data, name, path) for name, path in [(OURS, ""), *peers]]
     available = free_memory(device)
     try:
-        alive = start_all(workers, available, say)
+        deadline = started + 60 * shapes.minutes
+        alive = start_all(workers, available, say, started + START_SHARE * 60 * shapes.minutes)
         if workers[0].failure:
             raise WorkError(workers[0].failure)
-        turn_steps, rounds = take_turns(workers, alive, shapes.rounds, 0, started + 60 * shapes.minutes, say)
+        turn_steps, rounds = take_turns(workers, alive, shapes.rounds, 0, deadline, say)
         if not workers[0].turns:
             raise WorkError(workers[0].failure)
     finally:

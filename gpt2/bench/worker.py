@@ -26,6 +26,8 @@ from gpt2.errors import RequestError, WorkError
 
 Say = Callable[[str], None]
 TURN_SECONDS = 2.0
+START_SHARE = 0.75
+"""Of the time, the part in which programs are still started: what is left goes to their turns."""
 
 
 @dataclass
@@ -164,13 +166,18 @@ class Worker:
         return answer
 
 
-def start_all(workers: Sequence[Worker], available: int, say: Say) -> bool:
+def start_all(workers: Sequence[Worker], available: int, say: Say, deadline: float = float("inf")) -> bool:
     """Starts each once, compiled, with one step behind it; gives whether all may stay in memory together.
 
-    available: bytes that they may share; 0 where it is not known. A worker that fails says why in `failure`.
+    available: bytes that they may share; 0 where it is not known. deadline: by time.perf_counter(); none but the
+    first is started after it. A worker that fails says why in `failure`.
     """
     alive = len(workers) > 1
     for worker in workers:
+        if worker is not workers[0] and time.perf_counter() > deadline:
+            worker.failure = "the minutes were up before it could start: give more with --minutes"
+            say(f"{worker.name}: {worker.failure}")
+            continue
         try:
             worker.start()
             worker.train(1, timed=False, release=True)
