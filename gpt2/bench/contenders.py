@@ -269,14 +269,7 @@ def load_source(file: Path, name: str, classes_only: bool = False) -> ModuleType
     except (OSError, ValueError, SyntaxError) as error:
         raise RequestError(f"{file} cannot be read as Python ({error}): give the folder of your own copy") from error
     if classes_only:
-        known = {"torch", *sys.stdlib_module_names}
-        tree.body = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.ClassDef)
-            or (isinstance(node, ast.Import) and all(a.name.split(".")[0] in known for a in node.names))
-            or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in known)
-        ]
+        tree.body = [node for node in tree.body if _is_class_or_known_import(node)]
     module = ModuleType(name)
     module.__file__ = str(file)
     sys.modules[name] = module  # dataclasses and the compiler look a class's module up there
@@ -290,3 +283,14 @@ def load_source(file: Path, name: str, classes_only: bool = False) -> ModuleType
     if missing:
         raise RequestError(f"{file} has no {' and no '.join(missing)}: give the folder of your own copy")
     return module
+
+
+def _is_class_or_known_import(node: ast.stmt) -> bool:
+    """Imports of other packages are left out, name by name: the node is cut to what is known."""
+    known = {"torch", *sys.stdlib_module_names}
+    if isinstance(node, ast.Import):
+        node.names = [alias for alias in node.names if alias.name.split(".")[0] in known]
+        return bool(node.names)
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] in known
+    return isinstance(node, ast.ClassDef)

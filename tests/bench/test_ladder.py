@@ -108,10 +108,10 @@ def test_figures_of_the_rungs(data: Path) -> None:
 
 def test_the_ladder_whole(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In processes of their own: equal losses, a table, a picture."""
-    options = Options("tiny", batch=2, steps=3, rounds=2, minutes=2.0, only=("flash", "fused-adamw"))
+    options = Options("tiny", batch=2, steps=3, rounds=2, minutes=2.0, only=("fused-adamw",))
     report = ladder.ladder(options, data)
     results = report["results"]
-    assert [result["name"] for result in results] == ["fp32", "flash", "fused-adamw"]
+    assert [result["name"] for result in results] == ["fp32", "fused-adamw"]
     for result in results:
         assert result["tokens_per_second"] > 0
         assert result["peak_memory"] > 1e7

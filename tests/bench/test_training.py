@@ -87,6 +87,13 @@ def test_a_peer_learns_from_the_same_batches(name: str, config: Config, checkout
     assert peer.setting["precision"] == "fp32"
 
 
+def test_a_peer_that_is_not_there(config: Config) -> None:
+    with pytest.raises(RequestError, match="there is no directory /nowhere"):
+        contenders.build("nanogpt", "/nowhere", config, 1, CPU)
+    with pytest.raises(RequestError, match="known are nanogpt"):
+        contenders.build("llm.c", "", config, 1, CPU)
+
+
 def test_accumulation_does_not_change_a_peers_gradient(config: Config, checkout: Path) -> None:
     x = np.random.default_rng(0).integers(0, 257, (4, 32))
     grads = []

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from gpt2.bench import worker as worker_module
 from gpt2.bench.ladder import Options, base_config
 from gpt2.bench.worker import Worker, start_all, take_turns
 from gpt2.config import Config
-from gpt2.errors import RequestError, WorkError
+from gpt2.errors import WorkError
 from gpt2.training.loop import train
+from gpt2.training.metrics import read_metrics
 from gpt2.training.run import start_run
 
 
@@ -91,40 +93,28 @@ def test_what_does_not_fit_together_is_built_for_each_turn(config: Config) -> No
     assert log == ["start a", "a 1", "a 2", "start b", "b 1", "b 2"]
 
 
-def test_a_worker_trains_as_gpt2_train_does(config: Config, data: Path, tmp_path: Path) -> None:
+def test_a_worker_trains_as_gpt2_train_does_and_tells_that_it_was_killed(
+    config: Config, data: Path, tmp_path: Path
+) -> None:
     """The losses of a measured program are those of a run: same batches, weights, schedule, update."""
-    from dataclasses import replace
-
     worker = Worker("build-gpt2", config, data)
     try:
         worker.start()
         worker.train(2)
         worker.train(2)
+        assert worker._process is not None
+        os.kill(worker._process.pid, signal.SIGKILL)
+        with pytest.raises(WorkError, match="out of memory: killed by the system"):
+            worker.train(1)
+        assert not worker.running
     finally:
         worker.stop()
     run = start_run(replace(config, train=replace(config.train, steps=4)), tmp_path / "run")
     train(run, quiet=True)
-    from gpt2.training.metrics import read_metrics
-
     losses = [event["loss"] for event in read_metrics(run.path) if event["event"] == "step"]
     assert worker.losses == pytest.approx(losses, abs=1e-6)
     assert len(worker.turns) == 2
     assert worker.facts["setting"]["precision"] == "fp32"
-    assert not worker.running
-
-
-def test_failures_are_one_line(config: Config, data: Path) -> None:
-    missing = Worker("nanogpt", config, data, "nanogpt", "/nowhere")
-    with pytest.raises(RequestError, match="there is no directory /nowhere"):
-        missing.start()
-    assert not missing.running
-    killed = Worker("build-gpt2", config, data)
-    killed.start()
-    assert killed._process is not None
-    os.kill(killed._process.pid, signal.SIGKILL)
-    with pytest.raises(WorkError, match="out of memory: killed by the system"):
-        killed.train(1)
-    assert not killed.running
 
 
 def test_out_of_memory_is_named() -> None:
