@@ -1,6 +1,6 @@
 """Cost grows as the FLOP count says: tokens a second of a training step against context and against width.
 
-python benchmarks/scaling.py [--rounds 3] [--minutes 5]     writes results/scaling_cpu.json, docs/scaling_cpu.png (or _gpu)
+python benchmarks/scaling.py [--rounds 3] [--minutes 5]     writes results/scaling_cpu.json, docs/scaling_cpu.png
 
 Networks of 4 layers, heads 64 wide, GPT-2's vocabulary cut to 8,192 so that the blocks and not lm_head are most of the
 work, by the functions of `gpt2 train`, in turn; 2,048 tokens a step whatever the context (16 times as many on a GPU).
