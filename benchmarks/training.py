@@ -1,6 +1,7 @@
 """The training step: `gpt2 ladder`, or `gpt2 bench train`, with its report kept.
 
 python benchmarks/training.py ladder [options of gpt2 ladder]         writes results/ladder_cpu.json or ladder_gpu.json
+python benchmarks/training.py losses [options of gpt2 ladder]         the same as losses_cpu.json or losses_gpu.json
 python benchmarks/training.py train  [options of gpt2 bench train]    writes results/train_cpu.json or train_gpu.json
 
 The ladder's picture goes to docs/ladder_cpu.png or docs/ladder_gpu.png.
@@ -15,7 +16,7 @@ import common
 
 from gpt2.bench.ladder import plot
 
-VERBS = {"ladder": ["ladder"], "train": ["bench", "train"]}
+VERBS = {"ladder": ["ladder"], "losses": ["ladder"], "train": ["bench", "train"]}
 DOCS = Path(__file__).parent.parent / "docs"
 
 
