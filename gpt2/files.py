@@ -23,7 +23,12 @@ def sha256_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented UTF-8 JSON; numbers keep their full precision, NaN is refused (ValueError)."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def flush_to_disk(path: Path) -> None:
@@ -57,7 +62,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         _remove_empty(made)
         raise RequestError(f"cannot write in {path.parent}: {error.strerror}; name another directory") from error
     try:
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~umask())
         yield temporary
         for directory, _, names in os.walk(temporary):
             for name in names:
@@ -80,7 +85,7 @@ def _remove_empty(directories: list[Path]) -> None:
             directory.rmdir()
 
 
-def _umask() -> int:
+def umask() -> int:
     """The process's umask (mkdtemp makes 0700, a result directory should be as any other)."""
     mask = os.umask(0)
     os.umask(mask)

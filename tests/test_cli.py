@@ -104,6 +104,10 @@ def test_wrong_requests_are_one_line_and_write_nothing(
         (("sample", "./nowhere"), "there is no directory"),
         (("eval", str(tmp_path / "empty"), "--data", str(data)), "no config.json"),
         (("eval", str(tmp_path / "empty"), "--data", str(data), "--task", "chess"), "there is no task"),
+        (("eval", here), "--data is missing"),
+        (("eval", here, "--task", "hellaswag", "--items", "-1"), "--items must be at least 0"),
+        (("eval", here, "--task", "hellaswag", "--precision", "fp8"), "fp8 must be one of"),
+        (("eval", here, "--task", "lm:"), "there is no task"),
         (("demo", "--minutes", "0", "--out", out), "must be above 0"),
         (("doctor", "--jsn"), "--json"),
         (("ladder", "--only", "flush"), "known are fp32"),
@@ -152,6 +156,14 @@ def test_prepare_train_eval_and_sample_say_json_last(
     evaluated = as_json("eval", out, "--data", data)
     assert evaluated["task"] == "loss"
     assert {"loss", "perplexity", "bits_per_byte"} <= evaluated.keys()
+    strided = as_json("eval", out, "--data", data, "--stride", "8")
+    assert strided["tokens"] == evaluated["tokens"]
+    assert strided["loss"] != evaluated["loss"]
+    item = {"ctx": "the people", "endings": ["will meet", "are", "have a sea", "go on land"], "label": 2}
+    (tmp_path / "items.jsonl").write_text(f"{json.dumps(item)}\n" * 3, encoding="utf-8")
+    scored = as_json("eval", out, "--task", "hellaswag", "--file", str(tmp_path / "items.jsonl"), "--items", "2")
+    assert (scored["task"], scored["items"]) == ("hellaswag", 2)
+    assert {"acc", "acc_norm", "contexts_cut"} <= scored.keys()
     sampled = as_json("sample", out, "--prompt", "the people", "-n", "2", "--max-tokens", "5", "--seed", "1")
     assert isinstance(sampled["completions"], list)
     assert len(sampled["completions"]) == 2

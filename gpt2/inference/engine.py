@@ -71,7 +71,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
@@ -79,7 +79,7 @@ class Engine:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> str:
-        """The completion of a prompt, without the prompt; an empty prompt starts a new document.
+        """The completion of a prompt (a text or token ids), without the prompt; an empty one starts a new document.
 
         It ends at end-of-text, before a `stop` text, or after max_tokens. When the context is full, the newer half
         of it is kept and generation goes on. The same seed gives the same text. Raises RequestError for a prompt
@@ -89,7 +89,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
@@ -134,8 +134,9 @@ class Engine:
     def _device(self) -> torch.device:
         return self.model.wte.weight.device
 
-    def _ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = ids or [self.tokenizer.eot]
         if len(ids) > self.model.config.n_ctx:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, the model's context {self.model.config.n_ctx}: shorten it"

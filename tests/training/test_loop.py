@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ from gpt2.checkpoint.directory import list_checkpoints, newest_good_checkpoint, 
 from gpt2.config import Config, from_dict, read_run_config
 from gpt2.data.loader import BatchLoader
 from gpt2.data.shards import Dataset
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError, WorkError
 from gpt2.evaluation.loss import evaluate_model_loss
 from gpt2.inference.engine import load
 from gpt2.model import GPT
-from gpt2.training.loop import accumulate_gradients, loss_function, train
+from gpt2.training.loop import accumulate_gradients, train
 from gpt2.training.metrics import read_metrics, start_at
+from gpt2.training.parallel import TrainingNetwork
 from gpt2.training.run import resume_run, start_run
+
+ALONE = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def changed(config: Config, **values: object) -> Config:
@@ -56,8 +61,8 @@ def test_accumulation_changes_neither_gradients_nor_reported_loss(tiny: Config, 
         torch.manual_seed(0)
         torch.compiler.reset()
         model = GPT(config.model)
-        mean_loss = loss_function(model, config, torch.device("cpu"))
-        loss = accumulate_gradients(mean_loss, x, y, accumulation, torch.device("cpu"))
+        loss = accumulate_gradients(TrainingNetwork(model, config, ALONE), x, y, accumulation, ALONE)
+        assert loss is not None
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
         if compiled and accumulation == 4:
             break  # the compiler is slow; two forms suffice
@@ -331,3 +336,30 @@ def test_every_optimisation_can_be_switched_off(tiny: Config, tmp_path: Path) ->
     result = train(start_run(replace(config), tmp_path / "run"), quiet=True)
     assert result["val_loss"] < math.log(257)
     train(resume_run(tmp_path / "run", read_run_config(tmp_path / "run")), quiet=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hellaswag_is_scored_at_its_interval_and_leaves_the_run_alone(
+    tiny: Config, tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, no machine code
+    file = tmp_path / "items.jsonl"
+    item = {"ctx": "the people", "endings": ["will meet", "are", "have a sea", "go on land"], "label": 2}
+    file.write_text(f"{json.dumps(item)}\n" * 6, encoding="utf-8")
+    config = changed(tiny, train__steps=5, model__dropout=0.0 if compiled else 0.2, train__compile=compiled)
+    if not compiled:
+        train(start_run(config, tmp_path / "plain"), quiet=True)
+    scored = changed(config, eval__hellaswag_every=2, eval__hellaswag_file=str(file), eval__hellaswag_items=4)
+    train(start_run(scored, tmp_path / "scored"), quiet=True)
+    events = [e for e in read_metrics(tmp_path / "scored") if e["event"] == "hellaswag"]
+    assert [e["step"] for e in events] == [2, 4, 5]
+    assert all(e["items"] == 4 and e["acc"] in (0.0, 1.0) and e["acc_norm"] in (0.0, 1.0) for e in events)
+    if not compiled:
+        assert_equal_bits(weights_of(tmp_path / "plain"), weights_of(tmp_path / "scored"))
+
+
+def test_a_missing_hellaswag_file_is_refused_before_the_run_is_made(tiny: Config, tmp_path: Path) -> None:
+    config = changed(tiny, eval__hellaswag_every=2, eval__hellaswag_file=str(tmp_path / "none"))
+    with pytest.raises(RequestError, match=r"cannot read .*none"):
+        start_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
