@@ -284,7 +284,8 @@ class _Session:
         started = time.perf_counter()
         self.config = config = from_dict(request["config"])
         self.device = device = find_device(config.train.device)
-        self.contender = contenders.build(request["program"], request["path"], config, config.accumulation(), device)
+        accumulation = config.batch_windows // config.train.micro_batch
+        self.contender = contenders.build(request["program"], request["path"], config, accumulation, device)
         for optimizer in self.contender.optimizers:
             for group in optimizer.param_groups:
                 group.setdefault("peak_lr", group["lr"])
