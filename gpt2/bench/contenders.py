@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config import Config, OptimConfig
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError
 from gpt2.model import GPT
-from gpt2.training.loop import accumulate_gradients, loss_function, set_numerics, to_device
+from gpt2.training.loop import accumulate_gradients, set_numerics, to_device
 from gpt2.training.optim import build_optimizers
+from gpt2.training.parallel import TrainingNetwork
 
 OURS = "build-gpt2"
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -64,19 +66,23 @@ def build(name: str, path: str, config: Config, accumulation: int, device: torch
 def _ours(config: Config, accumulation: int, device: torch.device) -> Contender:
     """This project, by the functions that `gpt2 train` runs."""
     set_numerics(config, device)
-    model = GPT(config.model).to(device).train()
-    mean_loss = loss_function(model, config, device)
+    distributed = Distributed(rank=0, world_size=1, device=device)
+    model = GPT(config.model).train()
+    network = TrainingNetwork(model, config, distributed)
     optimizers = build_optimizers(model, config.optim)
     setting = {
         "precision": config.train.precision,
         "compile": config.train.compile,
         "fused_adamw": config.optim.fused,
         "attention": config.model.attention,
+        "fused_loss": config.model.fused_loss,
         "padded_vocabulary": config.model.padded_vocab_size,
     }
 
     def gradients(x: np.ndarray, y: np.ndarray) -> Tensor:
-        return accumulate_gradients(mean_loss, x, y, accumulation, device)
+        loss = accumulate_gradients(network, x, y, accumulation, distributed)
+        assert loss is not None  # None where a signal stops the step, and none is given here
+        return loss
 
     return Contender(model, gradients, optimizers, setting)
 

@@ -83,7 +83,13 @@ RUNGS: tuple[Rung, ...] = (
         "fp32",
         "plain: float32, explicit attention",
         {
-            "model": {"attention": "explicit", "pad_vocab_to": 1, "dropout": 0.0},
+            "model": {
+                "attention": "explicit",
+                "pad_vocab_to": 1,
+                "fused_loss": False,
+                "recompute": False,
+                "dropout": 0.0,
+            },
             "optim": {"optimizer": "adamw", "fused": False},
             "train": {"precision": "fp32", "matmul_precision": "highest", "compile": False},
         },
@@ -95,6 +101,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("nice", "nice numbers: padded vocabulary", {"model": {"pad_vocab_to": 128}}),
     Rung("fused-adamw", "AdamW fused", {"optim": {"fused": True}}),
     Rung("auto-attention", "attention chosen by device", {"model": {"attention": "auto"}}, _auto_is_flash),
+    Rung("fused-loss", "lm_head and cross-entropy in chunks", {"model": {"fused_loss": True}}),
 )
 
 

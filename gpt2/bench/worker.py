@@ -284,6 +284,7 @@ class _Session:
         started = time.perf_counter()
         self.config = config = from_dict(request["config"])
         self.device = device = find_device(config.train.device)
+        assert config.train.micro_batch != "auto"
         accumulation = config.batch_windows // config.train.micro_batch
         self.contender = contenders.build(request["program"], request["path"], config, accumulation, device)
         for optimizer in self.contender.optimizers:

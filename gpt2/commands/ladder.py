@@ -36,7 +36,7 @@ class Ladder:
     rounds: int = 5
     """Turns of each rung; more where the steps need them."""
     only: tuple[str, ...] = ()
-    """Rungs to climb, besides the first: tf32 bf16 compile flash nice fused-adamw auto-attention."""
+    """Rungs to climb, besides the first: tf32 bf16 compile flash nice fused-adamw auto-attention fused-loss."""
     without: tuple[str, ...] = ()
     """Rungs to leave out; those that follow go on without them."""
     out: Path | None = None
