@@ -24,6 +24,8 @@ VERBS = {
     "sample": "continue a prompt",
     "export": "a model as a GGUF file for llama.cpp",
     "push": "a model with its card to the Hugging Face hub",
+    "ladder": "what each optimisation of training gains on this machine",
+    "bench": "this project against others: train",
     "plan": "memory, tokens a second, hours and dollars of a run before it is started",
     "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.cli import VERBS, main
+from gpt2.commands.bench import BENCHES
 
 
 def run(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -31,9 +32,9 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *(f"bench {what}" for what in BENCHES)])
 def test_each_verb_has_help_with_defaults(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(verb, "--help", capsys=capsys)
+    code, out, _ = run(*verb.split(), "--help", capsys=capsys)
     assert code == 0
     assert "default:" in out
     assert "--json" in out
@@ -113,6 +114,15 @@ def test_wrong_requests_are_one_line_and_write_nothing(
         (("eval", here, "--task", "lm:"), "there is no task"),
         (("demo", "--minutes", "0", "--out", out), "must be above 0"),
         (("doctor", "--jsn"), "--json"),
+        (("ladder", "--only", "flush"), "known are fp32"),
+        (("ladder", "--batch", "-1"), "--batch -1 must be"),
+        (("ladder", "--preset", "gpt2-125m", "--data", str(data)), "did you mean gpt2-124m?"),
+        (("ladder", "--data", here), "holds no dataset.json"),
+        (("ladder", "--out", str(tmp_path / "latin.txt" / "out")), "is a file"),
+        (("bench",), "gpt2 bench train"),
+        (("bench", "trian"), "did you mean train?"),
+        (("bench", "train", "--against", "nanogtp"), "known are nanogpt"),
+        (("bench", "train", "--against", "nanogpt"), "--against nanogpt=PATH"),
     ]
     for argv, expected in cases:
         assert expected in wrong(capsys, tmp_path, *argv), argv
