@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from gpt2.cli import VERBS
 from gpt2.config import PRESETS, GPTConfig, OptimConfig, flatten
 from gpt2.model import GPT, flops_per_token
 from gpt2.training.optim import build_optimizers
@@ -272,3 +273,18 @@ def test_the_pages_know_what_this_version_has():
     assert ("Training in this version runs in one process" in parallel) == one_process
     without_int8 = not (ROOT / "gpt2" / "inference" / "quantize.py").exists()
     assert ("is not part of this version" in int8) == without_int8
+
+
+def test_the_readme_says_what_was_measured():
+    readme = benchmark("readme")
+    page = ROOT / "README.md"
+    assert readme.fill(text(page)) == text(page), "run: python benchmarks/readme.py"
+
+
+def test_every_command_and_file_of_the_readme_exists():
+    page = text(ROOT / "README.md")
+    verbs = set(re.findall(r"^gpt2 (\w+)", page, flags=re.MULTILINE))
+    assert verbs <= set(VERBS)
+    assert set(VERBS) <= verbs, "the README leaves a command out"
+    for target in re.findall(r"\]\(([^)\s]+)\)", page):
+        assert (ROOT / target).exists(), target
