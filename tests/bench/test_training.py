@@ -120,7 +120,7 @@ def test_a_folder_that_holds_something_else(tmp_path: Path) -> None:
 def test_bench_train_whole(data: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A program that works and one that fails: the first result is this project, the failure has its reason."""
     (checkout / "train_gpt2.py").write_text(
-        CHECKOUT.replace("logits = self", "raise ValueError('no such layer')"), encoding="utf-8"
+        CHECKOUT.replace("logits = self", "raise ValueError('no such layer')  # self"), encoding="utf-8"
     )
     shapes = Options("tiny", batch=2, rounds=2, minutes=2.0)
     peers = [f"nanogpt={checkout}", f"build-nanogpt={checkout}"]
