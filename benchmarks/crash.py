@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--longest", type=float, default=0.4, help="seconds from a start to its kill, at most")
+    parser.add_argument("--longest", type=float, default=0.4, help="seconds until the kill")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="crash-") as name:
         directory = Path(name)
@@ -47,7 +47,14 @@ def main() -> None:
         started = time.perf_counter()
         assert run_ranks(1, [*argv, "--out", str(quiet)], directory / "log", timeout=3600) == [0]
         survived = kill_and_restart(
-            [*argv, "--out", str(killed)], killed, directory / "log", options.kills, options.longest, EVERY, seed=0
+            [*argv, "--out", str(killed)],
+            killed,
+            directory / "log",
+            options.kills,
+            options.longest,
+            EVERY,
+            seed=0,
+            compiled=options.compile,
         )
         expected = load_file(list_checkpoints(quiet)[-1] / "model.safetensors")
         weights = load_file(list_checkpoints(killed)[-1] / "model.safetensors")

@@ -1,5 +1,6 @@
 """Runs `gpt2 …` in processes forked from one that has loaded torch: a start costs milliseconds instead of seconds."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -76,11 +77,11 @@ class Survived:
 
 
 def kill_and_restart(
-    argv: Sequence[str], run: Path, log: Path, kills: int, longest: float, every: int, seed: int
+    argv: Sequence[str], run: Path, log: Path, kills: int, longest: float, every: int, seed: int, compiled: bool = False
 ) -> Survived:
-    """Runs the command `kills` times, each time killed (SIGKILL) within `longest` seconds of its first step, then to
-    its end. `every`: steps between two saves, before which the run validates. Raises AssertionError where a restart
-    fails."""
+    """Runs the command `kills` times, each time killed (SIGKILL) within `longest` seconds of the run's start (compiled:
+    of its first step, as compiling takes longer than all else), then to its end. `every`: steps between two saves,
+    before which the run validates. Raises AssertionError where a restart fails."""
     from gpt2.checkpoint.directory import list_checkpoints, newest_good_checkpoint
     from gpt2.training.metrics import read_metrics
 
@@ -89,7 +90,7 @@ def kill_and_restart(
     while survived.kills < kills:
         starts = count(run, "start")
         process = start(argv, log)
-        while count(run, "start") == starts and process.is_alive():
+        while process.is_alive() and (count(run, "start") == starts or (compiled and last_event(run) == "start")):
             time.sleep(0.002)
         time.sleep(random_.uniform(0, longest))
         if not process.is_alive():
@@ -106,6 +107,13 @@ def kill_and_restart(
     process.join()
     assert process.exitcode == 0, log.read_text()[-2000:]
     return survived
+
+
+def last_event(run: Path) -> str:
+    """The kind of the newest whole line of the run's metrics."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    return str(json.loads(whole[-1])["event"]) if whole else ""
 
 
 def count(run: Path, kind: str) -> int:
