@@ -114,6 +114,7 @@ ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
     "startup": startup_rows,
     "prepare": prepare_rows,
     "crash": crash_rows,
+    "crash_compiled": crash_rows,
     "saving": saving_rows,
     "two_hosts": hosts_rows,
     "hellaswag": hellaswag_rows,
@@ -129,7 +130,7 @@ def table(results: Path) -> str:
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
             machines.add(processor(report))
-            lines += [(*row, f"`benchmarks/{name}.py`") for row in rows(report)]
+            lines += [(*row, f"`benchmarks/{name.removesuffix('_compiled')}.py`") for row in rows(report)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\nOn {', '.join(sorted(machines))}."
 
 
