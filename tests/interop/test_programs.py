@@ -92,13 +92,14 @@ def test_llama_cpp_chooses_the_same_tokens_from_f16(engine: Engine, tmp_path: Pa
         assert place is None or gaps[place] < 1e-2, (place, gaps[place])
 
 
-def test_llama_cpp_from_q8_0_mostly_chooses_the_same(engine: Engine, tmp_path: Path) -> None:
+def test_llama_cpp_from_q8_0_chooses_another_only_where_eight_bits_decide(engine: Engine, tmp_path: Path) -> None:
+    """A weight is off by up to 1/254 of its block's largest, an activation likewise: as a share of a logit's spread
+    over the vocabulary that is some percent after three layers, so a choice that differs lies within a tenth."""
     program = opened(engine, tmp_path / "m.gguf", "q8_0")
-    same = total = 0
     for text in TEXTS:
         ids = engine.tokenizer.encode(text)[: engine.model.config.n_ctx]
         with torch.inference_mode():
-            ours = engine.model(torch.tensor([ids]))[0][0].argmax(-1).tolist()
-        same += sum(a == b for a, b in zip(ours, program.choices(ids), strict=True))
-        total += len(ids)
-    assert same / total > 0.9
+            logits = engine.model(torch.tensor([ids]))[0][0]  # (T, vocab_size)
+        theirs = torch.tensor(program.choices(ids))[:, None]  # (T, 1)
+        loss = logits.amax(-1) - logits.gather(1, theirs)[:, 0]
+        assert (loss <= 0.1 * logits.std(-1)).all()
