@@ -36,6 +36,7 @@ def make_checkpoint(directory: Path, config: GPTConfig, tokenizer: Tokenizer, sp
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
         model.wte.weight[config.vocab_size :] = 0
+    directory.mkdir(parents=True, exist_ok=True)
     return write_checkpoint(directory, config, model.state_dict(), tokenizer, {}, TrainingState(step=1))
 
 
