@@ -157,6 +157,8 @@ def config_from_hf(values: Mapping[str, Any]) -> GPTConfig:
         raise RequestError("not a GPT-2 config.json: no JSON object")
     if values.get("model_type") != "gpt2":
         raise RequestError(f"model_type is {values.get('model_type')!r}: only GPT-2 models can be read")
+    if values.get("quantization_config") is not None:
+        raise RequestError("the weights are quantised (quantization_config): give the float model they were made from")
     n_embd = _whole(values, "n_embd")
     for name, wanted in _FIXED.items():
         value = values.get(name, wanted)

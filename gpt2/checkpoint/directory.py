@@ -111,17 +111,29 @@ def _write_files(
     training: Mapping[str, Tensor],
     state: TrainingState,
 ) -> None:
-    write_json(directory / "config.json", hf.config_to_hf(config, tokenizer.eot))
-    write_json(
-        directory / "generation_config.json",
-        {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
-    )
+    write_facts(directory, config, tokenizer)
     save_tensors(hf.to_hf(weights, config), directory / "model.safetensors", {"format": "pt"})
-    tokenizer.save(directory, max_length=config.n_ctx)
     (directory / "training").mkdir()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
     save_tensors(tensors, directory / "training" / "state.safetensors")
     write_json(directory / STATE, asdict(state))
+    write_checksums(directory)
+
+
+def write_facts(
+    directory: Path, config: GPTConfig, tokenizer: Tokenizer, more: Mapping[str, Any] | None = None
+) -> None:
+    """config.json (`more` are further fields of it), generation_config.json and the tokenizer's files."""
+    write_json(directory / "config.json", {**hf.config_to_hf(config, tokenizer.eot), **(more or {})})
+    write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
+    )
+    tokenizer.save(directory, max_length=config.n_ctx)
+
+
+def write_checksums(directory: Path) -> None:
+    """checksums.json: size and SHA-256 of every file that is there."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     sums = {
         str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files
@@ -147,13 +159,21 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def verify_checkpoint(path: Path) -> None:
     """Raises WorkError that names the file which is missing, altered or not of this checkpoint."""
+    verify_files(path, "checkpoint")
+    step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+    if re.fullmatch(r"step_\d+", path.name) and step != step_of(path):
+        raise WorkError(f"{path / STATE} is of step {step}: the directory was renamed or mixed with another")
+
+
+def verify_files(path: Path, kind: str) -> None:
+    """Raises WorkError that names the file which is not as checksums.json has it; `kind` is what the directory is."""
     try:
         listing = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
         if (path / CHECKSUMS).read_text(encoding="utf-8") != _listing(listing["files"]):
             raise ValueError("not as it was written")
         listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listing["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WorkError(f"{path / CHECKSUMS} is missing or damaged: the checkpoint is not whole") from error
+        raise WorkError(f"{path / CHECKSUMS} is missing or damaged: the {kind} is not whole") from error
     for name, (size, digest) in listed.items():
         file = path / name
         try:
@@ -164,9 +184,6 @@ def verify_checkpoint(path: Path) -> None:
                 raise WorkError(f"{file} is altered: its SHA-256 is not the one in {CHECKSUMS}")
         except OSError as error:
             raise WorkError(f"{file} cannot be read: {error.strerror}") from error
-    step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
-    if re.fullmatch(r"step_\d+", path.name) and step != step_of(path):
-        raise WorkError(f"{path / STATE} is of step {step}: the directory was renamed or mixed with another")
 
 
 def read_checkpoint(path: Path, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainingState]:

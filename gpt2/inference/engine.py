@@ -15,6 +15,7 @@ from gpt2.checkpoint.directory import resolve_model
 from gpt2.distributed import find_device
 from gpt2.errors import RequestError
 from gpt2.inference.kv_cache import KVCache
+from gpt2.inference.quantize import int8_network, is_quantized, read_quantized
 from gpt2.inference.sampling import Sampling, sample
 from gpt2.model import GPT
 from gpt2.tokenizer import StreamDecoder, Tokenizer
@@ -134,7 +135,7 @@ class Engine:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.wte.weight.device
+        return self.model.wpe.weight.device
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -208,7 +209,7 @@ class _PlainForward:
     def next_logits(self, histories: list[list[int]]) -> Tensor:
         """(n, vocab_size)"""
         rows = [window(history, self.model.config.n_ctx) for history in histories]
-        idx = torch.tensor(rows, device=self.model.wte.weight.device)  # (n, T)
+        idx = torch.tensor(rows, device=self.model.wpe.weight.device)  # (n, T)
         logits: Tensor = self.model(idx)[0]  # (n, T, vocab_size)
         return logits[:, -1]
 
@@ -223,7 +224,7 @@ class _CachedForward:
     @torch.inference_mode()
     def next_logits(self, histories: list[list[int]]) -> Tensor:
         """(n, vocab_size)"""
-        weight = self.model.wte.weight
+        weight = self.model.wpe.weight
         rows = [window(history, self.model.config.n_ctx) for history in histories]
         if self.cache is None and len(rows[0]) == len(histories[0]):  # the first time all rows are the prompt
             self.cache = KVCache(self.model.config, 1, weight.device, weight.dtype)
@@ -237,7 +238,7 @@ class _CachedForward:
 
     def _forward(self, rows: list[list[int]]) -> Tensor:
         assert self.cache is not None
-        idx = torch.tensor(rows, device=self.model.wte.weight.device)  # (n, T)
+        idx = torch.tensor(rows, device=self.model.wpe.weight.device)  # (n, T)
         logits: Tensor = self.model(idx, cache=self.cache)[0]  # (n, T, vocab_size)
         self.cache.advance(idx.size(1))
         return logits[:, -1]
@@ -254,7 +255,7 @@ def load(model: str | Path, device: str = "auto") -> Engine:
     Raises RequestError where it is no GPT-2 or has no tokenizer, WorkError where a run has no good checkpoint.
     """
     directory = hf.local_directory(resolve_model(model))
-    network = GPT.from_pretrained(directory)
+    network = int8_network(read_quantized(directory)) if is_quantized(directory) else GPT.from_pretrained(directory)
     if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = Tokenizer.load(directory)
     elif network.config.vocab_size == 50257:
