@@ -30,6 +30,7 @@ class OpenVinoGraph(nn.Module):
         """(B, T) ids, (B, S + T) mask, (B, T) positions, 2 L times (B, nh, S, hs) -> (B, T, V) logits, the same + T."""
         model, config = self.model, self.model.config
         B, T = input_ids.shape
+        width = config.n_embd // config.n_head  # as a number: the pipelines need shapes that are known
         x = model.wte(input_ids) + model.wpe(position_ids)  # (B, T, C)
         places = torch.arange(attention_mask.shape[1], device=x.device)  # (S + T,)
         queries = places[attention_mask.shape[1] - T :]  # (T,)
@@ -37,7 +38,7 @@ class OpenVinoGraph(nn.Module):
         present: list[Tensor] = []
         for i, block in enumerate(model.h):
             q, k, v = (
-                part.view(B, T, config.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
+                part.view(B, T, config.n_head, width).transpose(1, 2)  # (B, nh, T, hs)
                 for part in block.attn.c_attn(block.ln_1(x)).split(config.n_embd, dim=-1)
             )
             k, v = torch.cat((past[2 * i], k), dim=2), torch.cat((past[2 * i + 1], v), dim=2)
@@ -79,7 +80,7 @@ class OnnxGraph(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, last: Tensor, total: Tensor, past: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """(B, T) ids, (1, T) positions, (B,) the last position, (1,) its count, 2 L buffers (B, nh, S, hs) -> (B, 1, V)."""
+        """(B, T) ids, (1, T) positions, (B,) last position, (1,) its count, 2 L buffers (B, nh, S, hs) -> (B, 1, V)."""
         model, config = self.model, self.model.config
         x = model.wte(input_ids) + model.wpe(position_ids)  # (B, T, C)
         present: list[Tensor] = []

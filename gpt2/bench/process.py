@@ -1,7 +1,7 @@
 """Processes of their own for what is measured, so that each program's memory and threads are its own.
 
-    Child (here) ── a line of JSON ──> python -m MODULE (there): serve(answer)
-                 <── a line of JSON ──
+Child (here) ── a line of JSON ──> python -m MODULE (there): serve(answer)
+             <── a line of JSON ──
 """
 
 import contextlib
