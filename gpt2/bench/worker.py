@@ -1,28 +1,21 @@
 """Training steps in processes of their own, so that each program's memory is its own and all can be run in turn.
 
-    Worker (here) ── a line of JSON ──> python -m gpt2.bench.worker (there): builds a contender, trains k steps, …
-                  <── a line of JSON ──
-
 A worker waits between its turns, holding weights and optimizer but no activations.
 """
 
 import contextlib
 import gc
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpt2
+from gpt2.bench.process import Child, process_status, serve
 from gpt2.config import Config, from_dict, to_dict
-from gpt2.errors import RequestError, WorkError
+from gpt2.errors import WorkError
 
 Say = Callable[[str], None]
 TURN_SECONDS = 2.0
@@ -31,7 +24,7 @@ START_SHARE = 0.75
 
 
 @dataclass
-class Worker:
+class Worker(Child):
     """A contender in a process of its own, and what it has measured so far."""
 
     name: str
@@ -57,13 +50,7 @@ class Worker:
     failure: str = ""
     """Why it gave up, in a line."""
 
-    _process: subprocess.Popen[str] | None = None
     _stretch: list[float] = field(default_factory=list)
-
-    @property
-    def running(self) -> bool:
-        """Whether its process is there."""
-        return self._process is not None
 
     @property
     def seconds_a_step(self) -> float:
@@ -83,21 +70,9 @@ class Worker:
 
     def start(self) -> None:
         """Starts the process, builds, compiles. Raises RequestError or WorkError with the child's reason."""
-        environment = dict(os.environ)
-        package = str(Path(gpt2.__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
-        self._complaints = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gpt2.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
+        self.launch("gpt2.bench.worker")
         self._stretch = []
-        self.facts = self._ask(
+        self.facts = self.ask(
             {
                 "do": "build",
                 "program": self.program,
@@ -109,7 +84,7 @@ class Worker:
 
     def train(self, steps: int, timed: bool = True, release: bool = False) -> float:
         """Trains that many steps; gives the seconds a step. release: frees cached device memory afterwards."""
-        answer = self._ask({"do": "train", "steps": steps, "settle": timed, "release": release})
+        answer = self.ask({"do": "train", "steps": steps, "settle": timed, "release": release})
         seconds: float = answer["seconds"] / steps
         if timed:
             self.turns.append(seconds)
@@ -121,49 +96,6 @@ class Worker:
         self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
         self.held_bytes = answer["held_bytes"]
         return seconds
-
-    def stop(self) -> None:
-        """Ends the process, if there is one."""
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()  # the end of its input is its sign to leave
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        self._complaints.close()
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except OSError:
-            line = ""
-        except BaseException:
-            self.stop()
-            raise
-        if not line:
-            code = process.wait()
-            self._complaints.seek(0)
-            said = [text.strip() for text in self._complaints.read().splitlines() if text.strip()]
-            self.stop()
-            reason = "out of memory: killed by the system" if code == -9 else f"exit code {code}"
-            raise WorkError(f"{self.name} ended ({reason}){f': {said[-1][:200]}' if said else ''}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            self.stop()
-            raise (RequestError if answer["wrong_request"] else WorkError)(answer["error"])
-        return answer
 
 
 def start_all(workers: Sequence[Worker], available: int, say: Say, deadline: float = float("inf")) -> bool:
@@ -248,26 +180,19 @@ def _turn(worker: Worker, steps: int, release: bool) -> None:
 # What runs in the process of its own.
 
 
-def serve() -> None:
-    """Answers the requests on standard input until it ends. Whatever a program prints goes to standard error."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+def answers() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What answers the requests: the first builds the contender, the others train it."""
     session: _Session | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["do"] == "build":
-                session = _Session(request)
-                answer = session.facts
-            else:
-                assert session is not None
-                answer = session.train(request["steps"], request["settle"], request["release"])
-        except Exception as error:
-            answer = {"error": _reason(error), "wrong_request": isinstance(error, RequestError)}
-            if os.environ.get("GPT2_DEBUG") == "1":
-                raise
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal session
+        if request["do"] == "build":
+            session = _Session(request)
+            return session.facts
+        assert session is not None
+        return session.train(request["steps"], request["settle"], request["release"])
+
+    return answer
 
 
 class _Session:
@@ -382,14 +307,14 @@ class _Session:
         import resource  # not on Windows
 
         unit = 1 if sys.platform == "darwin" else 1024
-        return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return process_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def _held(self) -> int:
         if self.device.type == "cuda":
             import torch
 
             return torch.cuda.memory_reserved(self.device) + CUDA_CONTEXT_BYTES
-        return _status("VmRSS") or self._peak()
+        return process_status("VmRSS") or self._peak()
 
     def _release(self) -> None:
         if self.device.type == "cuda":
@@ -403,26 +328,5 @@ CUDA_CONTEXT_BYTES = 700 * 2**20
 """About what a process takes on a GPU besides its tensors: context, kernels, cuBLAS workspaces."""
 
 
-def _status(name: str) -> int:
-    """A figure of /proc/self/status in bytes; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def _reason(error: Exception) -> str:
-    """One line."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: a smaller --batch fits"
-    if isinstance(error, RequestError | WorkError):
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}{f': {lines[0][:200]}' if lines else ''}"
-
-
 if __name__ == "__main__":
-    serve()
+    serve(answers())

@@ -9,6 +9,7 @@ from gpt2.errors import RequestError
 
 BENCHES = {
     "train": "a training step beside those of nanogpt, build-nanogpt, transformers and litgpt",
+    "decode": "generation beside that of llama.cpp, openvino, ctranslate2, onnxruntime and transformers",
 }
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.bench import worker as worker_module
 from gpt2.bench.ladder import Options, base_config
+from gpt2.bench.process import reason
 from gpt2.bench.worker import Worker, start_all, take_turns
 from gpt2.config import Config
 from gpt2.errors import WorkError
@@ -118,5 +118,5 @@ def test_a_worker_trains_as_gpt2_train_does_and_tells_that_it_was_killed(
 
 
 def test_out_of_memory_is_named() -> None:
-    assert "a smaller --batch" in worker_module._reason(torch.OutOfMemoryError("CUDA out of memory. Tried …"))
-    assert worker_module._reason(ValueError("first\nsecond")) == "ValueError: first"
+    assert "a smaller --batch" in reason(torch.OutOfMemoryError("CUDA out of memory. Tried …"))
+    assert reason(ValueError("first\nsecond")) == "ValueError: first"
