@@ -1,10 +1,15 @@
-"""Generation: a prompt in, text out as it comes. Knows nothing of terminals or HTTP.
+"""Generation: prompts in, text out as it comes. Knows nothing of terminals or HTTP.
 
-prompt ─ ids ─ prefill: one pass over the prompt ─ decode: one pass a token, over the cache ─ text
+prompt ─ ids ─ prefill: its tokens, many at once ─ decode: a token a step, beside those of other sequences ─ text
+
+Any number of completions may be in flight. They join and leave between two steps, and each gets the tokens that it
+would get alone.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import functools
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,61 +19,131 @@ from gpt2 import hf
 from gpt2.checkpoint.directory import resolve_model
 from gpt2.distributed import find_device
 from gpt2.errors import RequestError
-from gpt2.inference.kv_cache import KVCache
+from gpt2.inference.decoder import Decoder, TorchDecoder, UncachedDecoder
+from gpt2.inference.native import NativeDecoder, kernels_available
 from gpt2.inference.quantize import int8_network, is_quantized, read_quantized
 from gpt2.inference.sampling import Sampling, sample
 from gpt2.model import GPT
 from gpt2.tokenizer import StreamDecoder, Tokenizer
 
+SLOTS = 16  # sequences in flight; more wait
+PREFILL = 256  # prompt tokens a step at most, so that nobody in mid-sentence waits long for somebody's prompt
 
-@dataclass
-class _Sequence:
-    """One completion in the making."""
 
-    generator: torch.Generator
-    stop: tuple[str, ...]
-    decoder: StreamDecoder
-    waiting: str = ""
-    """Text that may yet turn out to be the beginning of a stop text."""
-    pieces: list[str] = field(default_factory=list)
-    ended: bool = False
+class Completion:
+    """One text in the making, made by Engine.submit."""
 
-    def push(self, text: str) -> str:
-        """Takes new text in; gives what is certain not to belong to a stop text."""
-        text, self.waiting = self.waiting + text, ""
-        ends = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+        seed: int,
+    ) -> None:
+        self.ended = False
+        """Whether nothing more will come."""
+        self.tokens: list[int] = []
+        """The ids chosen so far, an end-of-text included."""
+        self._prompt, self._history = prompt, list(prompt)
+        self._max_tokens, self._sampling, self._stop = max_tokens, sampling, stop
+        self._generator = torch.Generator().manual_seed(seed)
+        self._decoder, self._eot = StreamDecoder(tokenizer), tokenizer.eot
+        self._waiting = ""  # text that may yet turn out to be the beginning of a stop text
+        self._pieces: list[str] = []
+        self._taken = 0
+        self._slot: int | None = None
+        self._start = self._held = 0  # history[start : start + held] is in the slot
+        if max_tokens == 0:
+            self.ended = True
+
+    @property
+    def text(self) -> str:
+        """All of it so far: never a part of a character, never a part of a stop text."""
+        return "".join(self._pieces)
+
+    def take(self) -> str:
+        """What has come since the last call."""
+        new = "".join(self._pieces[self._taken :])
+        self._taken = len(self._pieces)
+        return new
+
+    def cancel(self) -> None:
+        """It ends here; its slot is free before the next step."""
+        self.ended = True
+
+    def _choose(self, logits: Tensor) -> None:
+        """The next token out of (vocab_size,) logits."""
+        token = sample(logits, self._sampling, self._generator)
+        self._history.append(token)
+        self.tokens.append(token)
+        if token == self._eot:
+            self._finish()
+            return
+        self._push(self._decoder.push([token]))
+        if len(self.tokens) == self._max_tokens:
+            self._finish()
+
+    def _push(self, text: str) -> None:
+        """Passes new text on, but for what may begin a stop text."""
+        text, self._waiting = self._waiting + text, ""
+        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if ends:
             self.ended = True
             text = text[: min(ends)]
         else:
-            held = max((_overlap(text, stop) for stop in self.stop), default=0)
-            text, self.waiting = text[: len(text) - held], text[len(text) - held :]
-        self.pieces.append(text)
-        return text
+            held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text, self._waiting = text[: len(text) - held], text[len(text) - held :]
+        self._pieces.append(text)
 
-    def finish(self) -> str:
-        """What is left when no more tokens come."""
-        if self.ended:
-            return ""
-        text = self.push(self.decoder.flush())
+    def _finish(self) -> None:
+        """No more tokens come."""
         if not self.ended:
+            self._push(self._decoder.flush())
+        if not self.ended:
+            self._pieces.append(self._waiting)
             self.ended = True
-            self.pieces.append(self.waiting)
-            text += self.waiting
-        return text
+
+    def _due(self, n_ctx: int) -> list[int]:
+        """The tokens that must join the slot before the next one can be chosen."""
+        seen = window(self._history, n_ctx)
+        start = len(self._history) - len(seen)
+        if start != self._start:  # the window was refilled: all its positions are new
+            self._start, self._held = start, 0
+        return seen[self._held :]
 
 
 class Engine:
-    """A network and its tokenizer. `load` makes one from the disk."""
+    """A network and its tokenizer. `load` makes one from the disk. One thread at a time may use it."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, use_cache: bool = True) -> None:
-        """use_cache=False computes every position again for every token: slow, and the cache's oracle."""
-        if model.config.vocab_size != tokenizer.vocab_size:
+    def __init__(
+        self,
+        model: GPT | Callable[[], GPT],
+        tokenizer: Tokenizer,
+        use_cache: bool = True,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """model: the network, or what makes it when somebody asks for it, where `decoder` generates without it.
+
+        use_cache=False computes every position again for every token: slow, and the cache's oracle.
+        """
+        self._make_model = (lambda: model) if isinstance(model, GPT) else model
+        if decoder is None:
+            decoder = (TorchDecoder if use_cache else UncachedDecoder)(self.model, SLOTS)
+        if decoder.config.vocab_size != tokenizer.vocab_size:
             raise RequestError(
-                f"the model has {model.config.vocab_size} tokens, its tokenizer "
+                f"the model has {decoder.config.vocab_size} tokens, its tokenizer "
                 f"{tokenizer.vocab_size}: they do not belong together"
             )
-        self.model, self.tokenizer, self.use_cache = model.eval(), tokenizer, use_cache
+        self.tokenizer, self.decoder, self.config = tokenizer, decoder, decoder.config
+        self._waiting: deque[Completion] = deque()
+        self._running: list[Completion] = []
+
+    @functools.cached_property
+    def model(self) -> GPT:
+        """The network as torch runs it, in evaluation mode."""
+        return self._make_model().eval()  # type: ignore[no-untyped-call]
 
     def generate(
         self,
@@ -84,7 +159,7 @@ class Engine:
 
         It ends at end-of-text, before a `stop` text, or after max_tokens. When the context is full, the newer half
         of it is kept and generation goes on. The same seed gives the same text. Raises RequestError for a prompt
-        longer than the context and for values out of range, WorkError where the network's output is no number.
+        longer than the context and for values out of range.
         """
         return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, stop, seed))
 
@@ -98,18 +173,22 @@ class Engine:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """`generate`, piece by piece: never a part of a character, never a part of a stop text.
+        """`generate`, piece by piece: never a part of a character, never a part of a stop text."""
+        return self._pieces(self.submit(prompt, max_tokens, temperature, top_k, top_p, stop, seed))
 
-        Raises what `generate` raises for a wrong request, and does so now, not when the first piece is asked for.
-        """
-        sampling = Sampling(temperature, top_k, top_p)
-        sequences = self._sequences(1, max_tokens, stop, seed)
-        steps = self._run(self._ids(prompt), sequences, max_tokens, sampling)
-        return (texts[0] for texts in steps if texts[0])
+    def _pieces(self, completion: Completion) -> Iterator[str]:
+        try:
+            while not completion.ended:
+                self.step()
+                if text := completion.take():
+                    yield text
+        finally:
+            completion.cancel()
+            self._leave()
 
     def generate_many(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         n: int,
         max_tokens: int = 200,
         temperature: float = 0.8,
@@ -121,68 +200,118 @@ class Engine:
         """n completions of one prompt, decoded together. The first is that of `generate` with the same seed."""
         if n < 1:
             raise RequestError(f"n = {n} must be at least 1")
-        sequences = self._sequences(n, max_tokens, stop, seed)
-        for _ in self._run(self._ids(prompt), sequences, max_tokens, Sampling(temperature, top_k, top_p)):
-            pass
-        return ["".join(sequence.pieces) for sequence in sequences]
+        seed = _seed(seed)
+        seeds = [(seed + i * 0x9E3779B97F4A7C15) % 2**63 for i in range(n)]
+        completions = [self.submit(prompt, max_tokens, temperature, top_k, top_p, stop, each) for each in seeds]
+        try:
+            while not all(completion.ended for completion in completions):
+                self.step()
+        finally:
+            for completion in completions:
+                completion.cancel()
+            self._leave()
+        return [completion.text for completion in completions]
 
-    @torch.inference_mode()
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """(vocab_size,) logits of the token after `ids`, without a cache."""
-        idx = torch.tensor([list(ids)], device=self._device)  # (1, T)
-        logits: Tensor = self.model(idx)[0]  # (1, T, vocab_size)
-        return logits[0, -1]
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.wpe.weight.device
-
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        ids = ids or [self.tokenizer.eot]
-        if len(ids) > self.model.config.n_ctx:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, the model's context {self.model.config.n_ctx}: shorten it"
-            )
-        return ids
-
-    def _sequences(
-        self, n: int, max_tokens: int, stop: str | Sequence[str] | None, seed: int | None
-    ) -> list[_Sequence]:
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> Completion:
+        """Lines a completion up; each `step` brings it on. The arguments and errors are those of `generate`."""
         if max_tokens < 0:
             raise RequestError(f"max_tokens = {max_tokens} must be at least 0")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if any(not text for text in stops):
             raise RequestError("a stop text must not be empty")
-        if seed is None:
-            seed = torch.Generator().seed()  # torch.seed() would seed the caller's generator anew
-        generators = [torch.Generator().manual_seed((seed + i * 0x9E3779B97F4A7C15) % 2**63) for i in range(n)]
-        return [_Sequence(generator, stops, StreamDecoder(self.tokenizer)) for generator in generators]
+        sampling = Sampling(temperature, top_k, top_p)
+        completion = Completion(self.tokenizer, self._ids(prompt), max_tokens, sampling, stops, _seed(seed))
+        self._waiting.append(completion)
+        return completion
 
-    def _run(
-        self, prompt: list[int], sequences: list[_Sequence], max_tokens: int, sampling: Sampling
-    ) -> Iterator[list[str]]:
-        """After each token the new text of every sequence; sequences that have ended give ""."""
-        histories = [list(prompt) for _ in sequences]
-        decoder = _CachedForward(self.model, len(sequences)) if self.use_cache else _PlainForward(self.model)
-        for _ in range(max_tokens):
-            logits = decoder.next_logits(histories)  # (n, vocab_size)
-            texts = []
-            for history, sequence, row in zip(histories, sequences, logits, strict=True):
-                if sequence.ended:
-                    history.append(self.tokenizer.eot)  # keeps the batch rectangular; nobody reads it
-                    texts.append("")
-                    continue
-                token = sample(row, sampling, sequence.generator)
-                history.append(token)
-                if token == self.tokenizer.eot:
-                    texts.append(sequence.finish())
-                else:
-                    texts.append(sequence.push(sequence.decoder.push([token])))
-            yield texts
-            if all(sequence.ended for sequence in sequences):
-                return
-        yield [sequence.finish() for sequence in sequences]
+    def step(self) -> bool:
+        """One pass over the tokens due: a token for each completion in flight that has its prompt behind it, and up to
+        PREFILL tokens of prompts. False where there was nothing to do. Raises WorkError where logits are NaN."""
+        self._leave()
+        self._admit()
+        ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        outputs: list[int] = []
+        chosen: list[Completion] = []
+        prompt_tokens = PREFILL
+        for completion in self._running:
+            due = completion._due(self.config.n_ctx)
+            if len(due) > 1:
+                due_now = due[:prompt_tokens]
+                prompt_tokens -= len(due_now)
+            else:
+                due_now = due
+            if not due_now:
+                continue
+            assert completion._slot is not None
+            ids += due_now
+            slots += [completion._slot] * len(due_now)
+            positions += range(completion._held, completion._held + len(due_now))
+            completion._held += len(due_now)
+            if len(due_now) == len(due):
+                outputs.append(len(ids) - 1)
+                chosen.append(completion)
+        if ids:
+            for completion, logits in zip(chosen, self.decoder.step(ids, slots, positions, outputs), strict=True):
+                completion._choose(logits)
+        self._leave()
+        return bool(ids)
+
+    def _admit(self) -> None:
+        """Gives free slots to those that wait, in their order. One whose prompt is under way in another slot waits
+        until it can be copied from there."""
+        free = sorted(set(range(self.decoder.slots)) - {completion._slot for completion in self._running}, reverse=True)
+        waiting, self._waiting = self._waiting, deque()
+        for completion in waiting:
+            if completion.ended:
+                continue
+            n = len(completion._prompt) - 1  # the last token is computed again, for its logits
+            twin = next((c for c in self._running if c._prompt == completion._prompt and c._start == 0), None)
+            if not free or (twin is not None and twin._held <= n):
+                self._waiting.append(completion)
+                continue
+            completion._slot = free.pop()
+            if twin is not None:
+                assert twin._slot is not None
+                self.decoder.copy_slot(twin._slot, completion._slot)
+                completion._held = n
+            self._running.append(completion)
+
+    def _leave(self) -> None:
+        """Takes slots back from those that have ended."""
+        for completion in self._running:
+            if completion.ended and completion._slot is not None:
+                self.decoder.free_slot(completion._slot)
+        self._running = [completion for completion in self._running if not completion.ended]
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """(vocab_size,) logits of the token after `ids`, without a cache."""
+        idx = torch.tensor([list(ids)], device=self.model.wpe.weight.device)  # (1, T)
+        logits: Tensor = self.model(idx)[0]  # (1, T, vocab_size)
+        return logits[0, -1]
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = ids or [self.tokenizer.eot]
+        if len(ids) > self.config.n_ctx:
+            raise RequestError(f"the prompt has {len(ids)} tokens, the model's context {self.config.n_ctx}: shorten it")
+        return ids
+
+
+def _seed(seed: int | None) -> int:
+    # torch.seed() would seed the caller's generator anew.
+    return torch.Generator().seed() % 2**63 if seed is None else seed % 2**63
 
 
 def window(history: list[int], n_ctx: int) -> list[int]:
@@ -199,67 +328,37 @@ def window(history: list[int], n_ctx: int) -> list[int]:
     return history[-(half + excess) :]
 
 
-class _PlainForward:
-    """Every position computed again for every token."""
-
-    def __init__(self, model: GPT) -> None:
-        self.model = model
-
-    @torch.inference_mode()
-    def next_logits(self, histories: list[list[int]]) -> Tensor:
-        """(n, vocab_size)"""
-        rows = [window(history, self.model.config.n_ctx) for history in histories]
-        idx = torch.tensor(rows, device=self.model.wpe.weight.device)  # (n, T)
-        logits: Tensor = self.model(idx)[0]  # (n, T, vocab_size)
-        return logits[:, -1]
-
-
-class _CachedForward:
-    """One position a token; the whole window when it is new."""
-
-    def __init__(self, model: GPT, n: int) -> None:
-        self.model, self.n = model, n
-        self.cache: KVCache | None = None
-
-    @torch.inference_mode()
-    def next_logits(self, histories: list[list[int]]) -> Tensor:
-        """(n, vocab_size)"""
-        weight = self.model.wpe.weight
-        rows = [window(history, self.model.config.n_ctx) for history in histories]
-        if self.cache is None and len(rows[0]) == len(histories[0]):  # the first time all rows are the prompt
-            self.cache = KVCache(self.model.config, 1, weight.device, weight.dtype)
-            logits = self._forward(rows[:1])
-            self.cache = self.cache.repeat(self.n)
-            return logits.expand(self.n, -1)
-        if self.cache is None or self.cache.length + 1 != len(rows[0]):  # the window was refilled
-            self.cache = KVCache(self.model.config, self.n, weight.device, weight.dtype)
-            return self._forward(rows)
-        return self._forward([row[-1:] for row in rows])
-
-    def _forward(self, rows: list[list[int]]) -> Tensor:
-        assert self.cache is not None
-        idx = torch.tensor(rows, device=self.model.wpe.weight.device)  # (n, T)
-        logits: Tensor = self.model(idx, cache=self.cache)[0]  # (n, T, vocab_size)
-        self.cache.advance(idx.size(1))
-        return logits[:, -1]
-
-
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def load(model: str | Path, device: str = "auto") -> Engine:
-    """The engine of MODEL: a run (its newest checkpoint), a checkpoint, a Hugging Face GPT-2 directory or id.
+    """The engine of MODEL: a run (its newest checkpoint), a checkpoint, an int8 directory, a Hugging Face GPT-2
+    directory or id.
 
+    An int8 directory on a CPU is run by the kernels, where they can be built; else, after a warning, by torch.
     Raises RequestError where it is no GPT-2 or has no tokenizer, WorkError where a run has no good checkpoint.
     """
     directory = hf.local_directory(resolve_model(model))
-    network = int8_network(read_quantized(directory)) if is_quantized(directory) else GPT.from_pretrained(directory)
+    found = find_device(device)
+    if not is_quantized(directory):
+        network = GPT.from_pretrained(directory)
+        return Engine(network.to(found), _tokenizer(directory, network.config.vocab_size))
+    weights = read_quantized(directory)
+    tokenizer = _tokenizer(directory, weights.config.vocab_size)
+    why_not = kernels_available() if found.type == "cpu" else "they are for a CPU"
+    if why_not is None:
+        decoder = NativeDecoder(weights, SLOTS)  # has its own copy: `weights` are dropped, and read again if asked for
+        return Engine(lambda: int8_network(read_quantized(directory)), tokenizer, decoder=decoder)
+    if found.type == "cpu":
+        warnings.warn(f"the int8 kernels cannot be used, torch does the work, far slower: {why_not}", stacklevel=2)
+    return Engine(int8_network(weights).to(found), tokenizer)
+
+
+def _tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     if any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = Tokenizer.load(directory)
-    elif network.config.vocab_size == 50257:
-        tokenizer = Tokenizer.from_name("gpt2")
-    else:
-        raise RequestError(f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)")
-    return Engine(network.to(find_device(device)), tokenizer)
+        return Tokenizer.load(directory)
+    if vocab_size == 50257:
+        return Tokenizer.from_name("gpt2")
+    raise RequestError(f"{directory} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt)")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,31 +31,51 @@ class Sampling:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(…, vocab_size) logits -> probabilities of the choice, in float32; what is not a candidate has exactly 0."""
-    logits = logits.float()
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # The maximum becomes 0, so that a tiny temperature overflows to -inf only; below float32's range it would be 0.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(sampling.temperature, 1e-30)
-    # A stable descending order decides ties by the lower id, so that top_k keeps exactly k.
-    ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    if sampling.top_k is not None:
-        ordered[..., sampling.top_k :] = float("-inf")
-    chances = torch.softmax(ordered, dim=-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        before = chances.cumsum(-1) - chances  # of the likelier candidates together; 0 for the first, which stays
-        chances = chances.masked_fill((before >= sampling.top_p) & (before > 0), 0.0)
-        chances = chances / chances.sum(-1, keepdim=True)
-    return torch.zeros_like(chances).scatter(-1, ids, chances)
+    """(vocab_size,) logits -> float32 probabilities of the choice; what is not a candidate has exactly 0."""
+    return torch.from_numpy(_probabilities(_numpy(logits), sampling))
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from (vocab_size,) logits. Raises WorkError where one is NaN or all are infinite."""
-    if not math.isfinite(logits.max()):  # NaN where any is NaN
+    row = _numpy(logits)
+    if not math.isfinite(row.max()):  # NaN where any is NaN
         raise WorkError(
             "the model's output is not a number: its weights are spoilt; take an earlier checkpoint or another model"
         )
-    chances = probabilities(logits, sampling)
     if sampling.temperature == 0:
-        return int(chances.argmax())
-    return int(torch.multinomial(chances.cpu(), 1, generator=generator))
+        return int(row.argmax())
+    below = _probabilities(row, sampling).cumsum(dtype=np.float64)
+    drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * below[-1]  # in [0, all of it)
+    return int(below.searchsorted(drawn, side="right"))
+
+
+def _numpy(logits: Tensor) -> np.ndarray:
+    # A row is too short to share: torch would wake its threads, which then stand in the way of the network's.
+    return logits.detach().float().cpu().numpy()
+
+
+def _probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    if sampling.temperature == 0:
+        choice: np.ndarray = np.zeros_like(logits)
+        choice[logits.argmax()] = 1.0
+        return choice
+    # The maximum becomes 0, so that a tiny temperature overflows to -inf only; below float32's range it would be 0.
+    with np.errstate(over="ignore"):
+        logits = (logits - logits.max()) / np.float32(max(sampling.temperature, 1e-30))
+    if sampling.top_k is not None and sampling.top_k < len(logits):
+        least = np.partition(logits, -sampling.top_k)[-sampling.top_k]
+        kept = logits > least
+        kept[np.flatnonzero(logits == least)[: sampling.top_k - kept.sum()]] = True  # of equal ones the lower ids
+        logits = np.where(kept, logits, -np.inf)
+    chances: np.ndarray = np.exp(logits)
+    chances /= chances.sum(dtype=np.float64)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        # All that are below this sum to less than 1 - top_p: the nucleus is among the others, and few are to sort.
+        others = np.flatnonzero(chances >= (1 - sampling.top_p) / len(chances) / 2)
+        ids = others[np.argsort(-chances[others], kind="stable")]  # equal ones by the lower id
+        before = chances[ids].cumsum(dtype=np.float64) - chances[ids]  # of the likelier candidates together
+        ids = ids[(before < sampling.top_p) | (before <= 0)]  # the first stays
+        nucleus: np.ndarray = np.zeros_like(chances)
+        nucleus[ids] = chances[ids] / chances[ids].sum(dtype=np.float64)
+        return nucleus
+    return chances

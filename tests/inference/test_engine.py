@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ def test_a_token_costs_one_position(engine: Engine, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(GPT, "forward", noted)
     engine.generate_many("five!", 3, max_tokens=14, temperature=1.0, seed=0)
-    assert shapes == [(1, 5), *[(3, 1)] * 11, (3, 8), (3, 1)]
+    # The second and third start from a copy of the first's prompt, a step later; each refills its own context.
+    decode = [(1, 5), *[(3, 1)] * 11]
+    assert shapes == [*decode, (2, 1), (1, 8), (1, 1), (1, 8), (1, 8), (2, 1)]
 
 
 def test_sample_i_does_not_depend_on_how_many(engine: Engine) -> None:
@@ -164,30 +166,45 @@ def test_the_stream_gives_each_token_as_it_comes(engine: Engine, monkeypatch: py
         assert len(drawn) == i
 
 
-class Scripted(Engine):
-    """Says given tokens, whatever the logits; the network behind it is as small as can be."""
+class Script:
+    """A decoder that likes one token alone: the next of a script, then end-of-text."""
 
-    def __init__(self, ids: list[int], tokenizer: Tokenizer = BYTES) -> None:
-        super().__init__(GPT(GPTConfig(tokenizer.vocab_size, n_ctx=256, n_layer=1, n_head=1, n_embd=4)), tokenizer)
-        self.ids = ids
+    def __init__(self, ids: list[int], tokenizer: Tokenizer) -> None:
+        self.config, self.slots, self.steps = GPTConfig(tokenizer.vocab_size, n_ctx=256), 2, 0
+        self.ids, self.left, self.eot = ids, dict[int, list[int]](), tokenizer.eot
 
-    def _run(self, *args: Any) -> Iterator[list[str]]:
-        script = iter([*self.ids, self.tokenizer.eot])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gpt2.inference.engine.sample", lambda *_: next(script))
-            yield from super()._run(*args)
+    def step(
+        self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int], outputs: Sequence[int]
+    ) -> Tensor:
+        self.steps += 1
+        logits = torch.full((len(outputs), self.config.vocab_size), float("-inf"))
+        for row, output in zip(logits, outputs, strict=True):
+            left = self.left.setdefault(slots[output], list(self.ids))
+            row[left.pop(0) if left else self.eot] = 0.0
+        return logits
+
+    def copy_slot(self, source: int, to: int) -> None:
+        pass
+
+    def free_slot(self, slot: int) -> None:
+        self.left.pop(slot, None)
+
+
+def scripted(ids: list[int], tokenizer: Tokenizer = BYTES) -> Engine:
+    """Says given tokens, whatever the prompt."""
+    return Engine(lambda: GPT(GPTConfig()), tokenizer, decoder=Script(ids, tokenizer))
 
 
 def test_utf8_is_never_split() -> None:
-    assert list(Scripted(BYTES.encode("é世界👍!")).stream("", max_tokens=99)) == ["é", "世", "界", "👍", "!"]
+    assert list(scripted(BYTES.encode("é世界👍!")).stream("", max_tokens=99)) == ["é", "世", "界", "👍", "!"]
 
 
 def test_a_character_that_never_ends_is_shown_as_broken() -> None:
     half = list("世".encode()[:2])
-    assert Scripted(half).generate("", max_tokens=2) == "�"  # no more tokens
-    assert Scripted(half).generate("", max_tokens=9) == "�"  # the end of the text
-    assert list(Scripted([*half, ord("a")]).stream("", max_tokens=9)) == ["�a"]
-    assert Scripted(half).generate("", max_tokens=9, stop="�") == ""
+    assert scripted(half).generate("", max_tokens=2) == "�"  # no more tokens
+    assert scripted(half).generate("", max_tokens=9) == "�"  # the end of the text
+    assert list(scripted([*half, ord("a")]).stream("", max_tokens=9)) == ["�a"]
+    assert scripted(half).generate("", max_tokens=9, stop="�") == ""
 
 
 BPE = Tokenizer.train(["abab cab abc. " * 20, "the cab stops. " * 20], 272)
@@ -211,7 +228,7 @@ def test_stop_texts_end_and_are_never_shown(text: str, stops: list[str], tokeniz
         if places:
             expected = said[: min(places)]
             break
-    engine = Scripted(ids, tokenizer)
+    engine = scripted(ids, tokenizer)
     pieces = list(engine.stream("", max_tokens=tokens, stop=stops))
     assert "".join(pieces) == expected  # so no piece ever held a part of a stop text that came
     assert all(pieces)
@@ -230,30 +247,29 @@ def test_stop_texts_end_and_are_never_shown(text: str, stops: list[str], tokeniz
     ],
 )
 def test_stop_is_a_text_or_several(stop: str | list[str] | None, expected: str) -> None:
-    assert Scripted(list(b"one two END")).generate("", max_tokens=99, stop=stop) == expected
+    assert scripted(list(b"one two END")).generate("", max_tokens=99, stop=stop) == expected
 
 
 def test_what_may_become_a_stop_text_is_held_back_and_no_more() -> None:
-    pieces = list(Scripted(list(b"a STO b STOP c")).stream("", max_tokens=99, stop="STOP"))
+    pieces = list(scripted(list(b"a STO b STOP c")).stream("", max_tokens=99, stop="STOP"))
     assert pieces == ["a", " ", "STO ", "b", " "]
 
 
-def test_generation_stops_computing_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, calls = Scripted(list(b"ab.cdef")), []
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda *args, **named: calls.append(1) or forward(*args, **named))
+def test_generation_stops_computing_when_all_have_ended() -> None:
+    engine = scripted(list(b"ab.cdef"))
     assert engine.generate("", max_tokens=200, stop=".") == "ab"
-    assert len(calls) == 3
+    assert isinstance(engine.decoder, Script)
+    assert engine.decoder.steps == 3
 
 
 def test_end_of_text_ends_and_is_not_text() -> None:
-    assert Scripted([*b"done", BYTES.eot, *b"more"]).generate("", max_tokens=99) == "done"
-    assert Scripted([BYTES.eot]).generate("", max_tokens=99) == ""
+    assert scripted([*b"done", BYTES.eot, *b"more"]).generate("", max_tokens=99) == "done"
+    assert scripted([BYTES.eot]).generate("", max_tokens=99) == ""
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 5])
 def test_max_tokens_counts_tokens(max_tokens: int) -> None:
-    assert Scripted(list(b"abcdefgh")).generate("xyz", max_tokens=max_tokens) == "abcdefgh"[:max_tokens]
+    assert scripted(list(b"abcdefgh")).generate("xyz", max_tokens=max_tokens) == "abcdefgh"[:max_tokens]
 
 
 @settings(deadline=None, derandomize=True)
