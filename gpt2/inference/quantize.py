@@ -5,7 +5,8 @@
 A matrix keeps, for each output channel i, whole numbers q[i, :] in -127..127 and a scale: w[i, j] ≈ scale[i] · q[i, j],
 scale[i] = max |w[i, :]| / 127. A large weight makes the grid coarse for all others of its row, and OpenAI's GPT-2 has
 channels whose weights or activations are tens of times as large as the rest. So before rounding the network is
-rewritten, its function unchanged, into one without such weights:
+rewritten, its function unchanged, into one without such weights (1 to 3). What the rounding shifts where an activation
+is the same for every token is then taken off again (4, 5):
 
 1. A layer norm's scale and offset go into the matrix behind it: (n·g + b) Wᵀ = n (W·g)ᵀ + W b. What is left of
    ln_1 and ln_2 only normalises.
@@ -14,6 +15,11 @@ rewritten, its function unchanged, into one without such weights:
    attention in the place of ReLU).
 3. An offset common to all rows of wte goes into wpe, whence it reaches the same sum, and out of the head into
    `head_column`: it adds one number to all logits of a position.
+4. A channel of the residual stream that carries a constant makes an input of the next matrix constant: times the
+   rounding errors that is a constant, too, and the bias takes it up (section 4.2 there). The inputs are those of 1,024
+   random tokens: a constant does not ask which.
+5. The head has no bias. Where one of its inputs is far larger than the others, its rows' scales are searched near
+   max / 127 for the one with the least squared error, each input counted by its size.
 """
 
 import json
@@ -28,6 +34,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import save_tensors, verify_files, write_checksums, write_facts
@@ -43,7 +50,8 @@ QUANTIZATION = {
     "scheme": "symmetric, one float32 scale an output channel; layer norms folded",
     "version": 1,
 }
-ROWS = 4096  # rows quantised at once: a tied wte is never held twice in float
+ROWS = 4096  # rows quantised at once: wte is never held twice in float
+CALIBRATION = 1024  # tokens
 LARGEST = 127
 
 
@@ -93,62 +101,117 @@ class QuantizedWeights:
 
 @torch.no_grad()
 def quantize_model(model: GPT) -> QuantizedWeights:
-    """The network in int8; the model is left as it is. Memory beside it: the result and a matrix or two in float.
+    """The network in int8, on the CPU; the model is left as it is. The same model gives the same numbers.
 
-    Raises WorkError for weights that are not finite, naming the tensor.
+    Memory beside it: the result, a block's matrices in float, and the activations of 1,024 tokens. Raises WorkError for
+    weights that are not finite, naming the tensor.
     """
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise WorkError(f"the tensor {name} holds NaN or infinity: the model is spoilt; take an earlier checkpoint")
     config = replace(model.config, pad_vocab_to=1, dropout=0.0, fused_loss=False, recompute=False)
-    wte = model.wte.weight[: config.vocab_size].detach().float()  # (vocab_size, C)
+    was_training = model.training
+    model.eval()
+    try:
+        idx = torch.randint(
+            config.vocab_size,
+            (-(-CALIBRATION // config.n_ctx), min(CALIBRATION, config.n_ctx)),
+            generator=torch.Generator().manual_seed(0),
+        )  # (B, T): all positions
+        positions = torch.arange(idx.size(1))
+        device = model.wpe.weight.device
+        x = model.wte(idx.to(device)) + model.wpe(positions.to(device))  # (B, T, C)
+        layers = []
+        for block in model.h:
+            assert isinstance(block, Block)
+            x, means = _run(block, x)
+            layers.append(_quantize_block(block, means))
+        size = _float(model.ln_f(x)).flatten(0, 1).square().mean(0).sqrt()  # (C,) of the head's inputs
+    finally:
+        model.train(was_training)
+    wte = _float(model.wte.weight)[: config.vocab_size]  # (vocab_size, C)
     column = _mean_row(wte)
     lm_head, head_column = None, column
-    ln_f_weight, ln_f_bias = model.ln_f.weight.float().clone(), model.ln_f.bias.float().clone()
+    ln_f_weight, ln_f_bias = _float(model.ln_f.weight).clone(), _float(model.ln_f.bias).clone()
     if not config.tie_embeddings:
-        # Nothing else reads ln_f's output, so its channels are brought to one size, as far as scale and offset tell it.
-        size = torch.hypot(ln_f_weight, ln_f_bias)
-        size[size == 0] = 1.0
-        head = model.lm_head.weight[: config.vocab_size].detach().float() * size
-        ln_f_weight, ln_f_bias = ln_f_weight / size, ln_f_bias / size
+        # Nothing else reads ln_f's output: its channels and the head's columns share the load, as in step 2.
+        head = _float(model.lm_head.weight)[: config.vocab_size]
+        balance = _balance(size, head)
+        ln_f_weight, ln_f_bias, size, head = ln_f_weight * balance, ln_f_bias * balance, size * balance, head / balance
         head_column = _mean_row(head)
-        lm_head = _round(head, offset=head_column)
+        lm_head = _round(head, offset=head_column, size=size)
     return QuantizedWeights(
         config=config,
-        layers=tuple(_quantize_block(block) for block in model.h if isinstance(block, Block)),
-        wte=_round(wte, offset=column),
+        layers=tuple(layers),
+        wte=_round(wte, offset=column, size=size if config.tie_embeddings else None),
         lm_head=lm_head,
-        wpe=model.wpe.weight.float() + column,
+        wpe=_float(model.wpe.weight) + column,
         ln_f_weight=ln_f_weight,
         ln_f_bias=ln_f_bias,
         head_column=head_column,
     )
 
 
-def _quantize_block(block: Block) -> Int8Layer:
+def _run(block: Block, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The block's output for (B, T, C), and what is constant in each matrix's input, a layer norm's scale left out."""
+    means = {}
+
+    def note(name: str, module: nn.Module) -> RemovableHandle:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = _float(inputs[0]).flatten(0, 1)  # (B T, in)
+            if isinstance(module, nn.LayerNorm):
+                seen = F.layer_norm(seen, seen.shape[-1:], eps=module.eps)
+            mean = seen.mean(0)
+            # A mean counts in so far as it stands out from the spread: the rest may be chance, or of these tokens only.
+            means[name] = mean.pow(3) / seen.square().mean(0).clamp(min=torch.finfo(torch.float32).tiny)
+
+        return module.register_forward_pre_hook(hook)
+
+    handles = [
+        note("c_attn", block.ln_1),
+        note("attn_c_proj", block.attn.c_proj),
+        note("c_fc", block.ln_2),
+        note("mlp_c_proj", block.mlp.c_proj),
+    ]
+    try:
+        return block(x), means
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _quantize_block(block: Block, means: Mapping[str, Tensor]) -> Int8Layer:
     attn, mlp = block.attn, block.mlp
     c_attn, c_attn_bias = _fold(block.ln_1, attn.c_attn)  # (3C, C), (3C,)
     c_fc, c_fc_bias = _fold(block.ln_2, mlp.c_fc)  # (4C, C), (4C,)
-    c_proj = attn.c_proj.weight.float()  # (C, C)
-    C = c_proj.size(0)
-    # With a normalised input a value has about this root mean square; it and the column behind it shall be equal.
-    values = torch.hypot(c_attn[2 * C :].norm(dim=1), c_attn_bias[2 * C :])  # (C,)
-    columns = c_proj.norm(dim=0)  # (C,)
-    balance = torch.where((values > 0) & (columns > 0), (columns / values).sqrt(), 1.0)  # (C,)
-    c_attn[2 * C :] *= balance[:, None]
-    c_attn_bias[2 * C :] *= balance
+    c_proj = _float(attn.c_proj.weight)  # (C, C)
+    values, values_bias = c_attn[-len(c_proj) :], c_attn_bias[-len(c_proj) :]  # (C, C), (C,): views of the last third
+    # With a normalised input a value has about this root mean square.
+    balance = _balance(torch.hypot(values.norm(dim=1), values_bias), c_proj)  # (C,)
+    values *= balance[:, None]
+    values_bias *= balance
     return Int8Layer(
-        c_attn=_round(c_attn, c_attn_bias),
-        attn_c_proj=_round(c_proj / balance, attn.c_proj.bias),
-        c_fc=_round(c_fc, c_fc_bias),
-        mlp_c_proj=_round(mlp.c_proj.weight.float(), mlp.c_proj.bias),
+        c_attn=_round(c_attn, c_attn_bias, means["c_attn"]),
+        attn_c_proj=_round(c_proj / balance, _float(attn.c_proj.bias), means["attn_c_proj"] * balance),
+        c_fc=_round(c_fc, c_fc_bias, means["c_fc"]),
+        mlp_c_proj=_round(_float(mlp.c_proj.weight), _float(mlp.c_proj.bias), means["mlp_c_proj"]),
     )
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
 
 
 def _fold(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of the linear layer that does the same behind a layer norm without scale and offset."""
-    weight, bias = linear.weight.float(), linear.bias.float()
-    return weight * norm.weight, bias + weight @ norm.bias
+    weight, bias = _float(linear.weight), _float(linear.bias)
+    return weight * _float(norm.weight), bias + weight @ _float(norm.bias)
+
+
+def _balance(size: Tensor, matrix: Tensor) -> Tensor:
+    """(in,) factors for inputs of that size, and divisors for the columns of (out, in), that make the two alike."""
+    columns = matrix.norm(dim=0)
+    return torch.where((size > 0) & (columns > 0), (columns / size).sqrt(), 1.0)
 
 
 def _mean_row(matrix: Tensor) -> Tensor:
@@ -159,17 +222,44 @@ def _mean_row(matrix: Tensor) -> Tensor:
     return (total / len(matrix)).float()
 
 
-def _round(matrix: Tensor, bias: Tensor | None = None, offset: Tensor | float = 0.0) -> Int8Matrix:
-    """Rows less `offset` to int8, each with its own scale."""
+def _round(
+    matrix: Tensor,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    offset: Tensor | float = 0.0,
+    size: Tensor | None = None,
+) -> Int8Matrix:
+    """(out, in) less `offset` to int8, each row with its own scale.
+
+    mean: (in,) what is constant in the inputs; its product with the rounding errors is added to the bias.
+    size: (in,) root mean squares of the inputs; where they differ much, the scales are searched by them.
+    """
     weight = torch.empty(matrix.shape, dtype=torch.int8)
-    scale = torch.empty(len(matrix))
+    scale, shift = torch.empty(len(matrix)), torch.zeros(len(matrix))
+    uneven = size is not None and bool(size.max() > 4 * size.square().mean().sqrt())
     for start in range(0, len(matrix), ROWS):
         rows = matrix[start : start + ROWS] - offset  # (n, in)
         largest = rows.abs().amax(1)
         steps = torch.where(largest > 0, largest / LARGEST, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
+        if size is not None and uneven:
+            steps = _search(rows, steps, size)
+        whole = (rows / steps[:, None]).round_().clamp_(-LARGEST, LARGEST)
+        if mean is not None:
+            shift[start : start + ROWS] = torch.addcmul(rows, whole, steps[:, None], value=-1) @ mean
         scale[start : start + ROWS] = steps
-        weight[start : start + ROWS] = rows.div_(steps[:, None]).round_().clamp_(-LARGEST, LARGEST)
-    return Int8Matrix(weight, scale, None if bias is None else bias.detach().float().clone())
+        weight[start : start + ROWS] = whole
+    return Int8Matrix(weight, scale, None if bias is None else bias + shift)
+
+
+def _search(rows: Tensor, steps: Tensor, size: Tensor) -> Tensor:
+    """(n,) scales near `steps` with the least squared error of (n, in) rows, for inputs of that size."""
+    best, least = steps, torch.full_like(steps, torch.inf)
+    for factor in torch.linspace(0.9, 1.05, 16).tolist():
+        tried = steps * factor
+        whole = (rows / tried[:, None]).round_().clamp_(-LARGEST, LARGEST)
+        error = torch.addcmul(rows, whole, tried[:, None], value=-1).mul_(size).square_().sum(1)
+        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+    return best
 
 
 def is_quantized(directory: Path) -> bool:
