@@ -48,8 +48,8 @@ class Program:
 
     packages: dict[str, str]
     """Import name -> what pip calls it."""
-    convert: Callable[[Path, Path], None]
-    """(Hugging Face directory, an empty directory): writes its own form of the weights."""
+    convert: Callable[[Path, Path], None] | None
+    """(Hugging Face directory, an empty directory): writes its own form of the weights; None: it opens the former."""
     open: Callable[[Path, Path, Shape], Contender]
     """(that directory, the Hugging Face directory, what for) -> ready to generate."""
     devices: tuple[str, ...] = ("cpu",)
@@ -81,10 +81,6 @@ def program(name: str) -> Program:
         peers = [known for known in PROGRAMS if known != OURS]
         raise RequestError(f"there is no {name!r} to compare with: known are {', '.join(peers)}")
     return PROGRAMS[name]
-
-
-def _as_it_is(model: Path, out: Path) -> None:
-    """The Hugging Face directory itself is opened."""
 
 
 class _Ours:
@@ -323,8 +319,8 @@ class _Transformers:
         torch.set_num_threads(shape.threads)
         device = torch.device(shape.device)
         kind = torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
-        network = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind).eval()
-        self.network: Any = network.to(device)
+        network: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind)
+        self.network = network.eval().to(device)
         self.network.generation_config.eos_token_id = None
         self.setting = {"weights": str(kind).removeprefix("torch."), "attention": "sdpa"}
 
@@ -347,7 +343,7 @@ def _open_compiled(converted: Path, model: Path, shape: Shape) -> Contender:
 
 
 PROGRAMS: dict[str, Program] = {
-    OURS: Program({"torch": "torch"}, _as_it_is, _Ours, ("cpu", "cuda")),
+    OURS: Program({"torch": "torch"}, None, _Ours, ("cpu", "cuda")),
     "llama.cpp": Program({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, _write_gguf, _LlamaCpp),
     "openvino": Program(
         {
@@ -364,6 +360,6 @@ PROGRAMS: dict[str, Program] = {
         {"ctranslate2": "ctranslate2", "transformers": "transformers"}, _write_ctranslate2, _CTranslate2
     ),
     "onnxruntime": Program({"onnxruntime": "onnxruntime", "onnx": "onnx"}, _write_onnx, _OnnxRuntime),
-    "transformers": Program({"transformers": "transformers"}, _as_it_is, _Transformers, ("cpu", "cuda")),
-    "compiled": Program({"torch": "torch"}, _as_it_is, _open_compiled, ("cpu", "cuda")),
+    "transformers": Program({"transformers": "transformers"}, None, _Transformers, ("cpu", "cuda")),
+    "compiled": Program({"torch": "torch"}, None, _open_compiled, ("cpu", "cuda")),
 }

@@ -168,7 +168,8 @@ def bench_decoding(
     with contextlib.ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt2-bench-")))
         workers = prepare(names, directory, folder / fingerprint(directory), shape, say)
-        stack.callback(lambda: [worker.stop() for worker in workers])
+        for worker in workers:
+            stack.callback(worker.stop)
         done = measure(workers, prompts, case, rounds, started + 60 * minutes, say)
     facts = {
         **asdict(case),
@@ -182,7 +183,7 @@ def bench_decoding(
         "threads": shape.threads,
         "decoding": "greedy; end-of-text ends nothing; every call begins without a cache",
         "rounds": done,
-        "import_torch_seconds": import_torch_seconds(),
+        "import_torch_seconds": import_torch_seconds(case.starts),
         "seconds": time.perf_counter() - started,
     }
     results = [result_of(worker, workers[0], case, facts["import_torch_seconds"]) for worker in workers]
@@ -225,7 +226,7 @@ def prepare(names: Sequence[str], model: Path, folder: Path, shape: Shape, say: 
         worker = DecodeWorker(name, folder / name, model, shape)
         workers.append(worker)
         worker.failure = decoders.program(name).missing()
-        if worker.failure or worker.converted.is_dir():
+        if worker.failure or decoders.program(name).convert is None or worker.converted.is_dir():
             continue
         began = time.perf_counter()
         try:
@@ -287,7 +288,7 @@ def measure(
     return done
 
 
-def import_torch_seconds(runs: int = 3) -> float:
+def import_torch_seconds(runs: int) -> float:
     """What a process takes to start Python and import torch: the median."""
 
     def once() -> float:
@@ -353,8 +354,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     place = facts.get("gpu") if config["device"].startswith("cuda") else f"{facts['cpu']}, {config['threads']} threads"
     table = Table(
         caption=f"{config['batch']} sequence(s), {config['tokens']} token(s) after {config['prompt']}, greedy; "
-        f"{place}; {config['rounds']} turns each. Start: to the first token, beyond the {config['import_torch_seconds']:.2f} s "
-        "of Python and torch where it uses torch",
+        f"{place}; {config['rounds']} turns each. Start: to the first token, beyond the "
+        f"{config['import_torch_seconds']:.2f} s of Python and torch where it uses torch",
         caption_justify="left",
     )
     table.add_column("program")
@@ -395,8 +396,10 @@ def answers() -> Callable[[dict[str, Any]], dict[str, Any]]:
         if request["do"] == "convert":
             from gpt2.files import new_directory
 
+            convert = decoders.program(request["program"]).convert
+            assert convert is not None
             with new_directory(Path(request["out"])) as out:
-                decoders.program(request["program"]).convert(Path(request["model"]), out)
+                convert(Path(request["model"]), out)
             return {}
         if request["do"] == "open":
             opened = decoders.program(request["program"]).open

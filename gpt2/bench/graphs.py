@@ -36,7 +36,8 @@ class OpenVinoGraph(nn.Module):
         queries = places[attention_mask.shape[1] - T :]  # (T,)
         mask = (places <= queries[:, None]) & attention_mask[:, None, None, :].bool()  # (B, 1, T, S + T)
         present: list[Tensor] = []
-        for i, block in enumerate(model.h):
+        blocks: Any = model.h
+        for i, block in enumerate(blocks):
             q, k, v = (
                 part.view(B, T, config.n_head, width).transpose(1, 2)  # (B, nh, T, hs)
                 for part in block.attn.c_attn(block.ln_1(x)).split(config.n_embd, dim=-1)
@@ -84,7 +85,8 @@ class OnnxGraph(nn.Module):
         model, config = self.model, self.model.config
         x = model.wte(input_ids) + model.wpe(position_ids)  # (B, T, C)
         present: list[Tensor] = []
-        for i, block in enumerate(model.h):
+        blocks: Any = model.h
+        for i, block in enumerate(blocks):
             q, k, v = block.attn.c_attn(block.ln_1(x)).split(config.n_embd, dim=-1)
             y, keys, values = _GroupQueryAttention.apply(  # type: ignore[no-untyped-call]
                 q, k, v, past[2 * i], past[2 * i + 1], last, total, config.n_head
