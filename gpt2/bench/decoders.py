@@ -83,6 +83,16 @@ def program(name: str) -> Program:
     return PROGRAMS[name]
 
 
+def _quantize(model: Path, out: Path) -> None:
+    """Our own form: int8."""
+    from gpt2.inference.engine import load
+    from gpt2.inference.quantize import is_quantized, quantize_model, write_quantized
+
+    if not is_quantized(model):
+        engine = load(model, "cpu")
+        write_quantized(quantize_model(engine.model), out / "int8", engine.tokenizer)
+
+
 class _Ours:
     """This project's engine."""
 
@@ -92,27 +102,15 @@ class _Ours:
         from gpt2.inference.engine import load
 
         torch.set_num_threads(shape.threads)
-        self.engine = load(model, shape.device)
-        self.setting: dict[str, Any] = {"weights": "float32"}
+        quantised = converted / "int8"
+        self.engine = load(quantised if quantised.is_dir() else model, shape.device, slots=shape.batch)
+        self.setting: dict[str, Any] = {"weights": "int8", "decoder": type(self.engine.decoder).__name__}
 
     def generate(self, prompts: Ids, tokens: int) -> list[list[int]]:
-        import torch
-
-        from gpt2.inference.kv_cache import KVCache
-
-        network = self.engine.model
-        weight = network.wte.weight
-        with torch.inference_mode():
-            cache = KVCache(network.config, len(prompts), weight.device, weight.dtype)
-            idx = torch.tensor([list(prompt) for prompt in prompts], device=weight.device)  # (B, T)
-            chosen = []
-            for _ in range(tokens):
-                logits = network(idx, cache=cache)[0]  # (B, T, vocab_size)
-                cache.advance(idx.size(1))
-                idx = logits[:, -1:].argmax(-1)  # (B, 1)
-                chosen.append(idx)
-            ids: list[list[int]] = torch.cat(chosen, dim=1).tolist()
-        return ids
+        completions = [self.engine.submit(list(ids), tokens, temperature=0.0, until_eot=False) for ids in prompts]
+        while self.engine.step():
+            pass
+        return [completion.tokens for completion in completions]
 
 
 def _write_gguf(model: Path, out: Path) -> None:
@@ -343,7 +341,7 @@ def _open_compiled(converted: Path, model: Path, shape: Shape) -> Contender:
 
 
 PROGRAMS: dict[str, Program] = {
-    OURS: Program({"torch": "torch"}, None, _Ours, ("cpu", "cuda")),
+    OURS: Program({"torch": "torch"}, _quantize, _Ours, ("cpu", "cuda")),
     "llama.cpp": Program({"llama_cpp": "llama-cpp-python", "gguf": "gguf"}, _write_gguf, _LlamaCpp),
     "openvino": Program(
         {

@@ -41,6 +41,7 @@ class Completion:
         sampling: Sampling,
         stop: Sequence[str],
         seed: int,
+        until_eot: bool,
     ) -> None:
         self.ended = False
         """Whether nothing more will come."""
@@ -49,7 +50,7 @@ class Completion:
         self._prompt, self._history = prompt, list(prompt)
         self._max_tokens, self._sampling, self._stop = max_tokens, sampling, stop
         self._generator = torch.Generator().manual_seed(seed)
-        self._decoder, self._eot = StreamDecoder(tokenizer), tokenizer.eot
+        self._decoder, self._eot = StreamDecoder(tokenizer), tokenizer.eot if until_eot else None
         self._waiting = ""  # text that may yet turn out to be the beginning of a stop text
         self._pieces: list[str] = []
         self._taken = 0
@@ -123,6 +124,7 @@ class Engine:
         tokenizer: Tokenizer,
         use_cache: bool = True,
         decoder: Decoder | None = None,
+        slots: int = SLOTS,
     ) -> None:
         """model: the network, or what makes it when somebody asks for it, where `decoder` generates without it.
 
@@ -130,7 +132,7 @@ class Engine:
         """
         self._make_model = (lambda: model) if isinstance(model, GPT) else model
         if decoder is None:
-            decoder = (TorchDecoder if use_cache else UncachedDecoder)(self.model, SLOTS)
+            decoder = (TorchDecoder if use_cache else UncachedDecoder)(self.model, slots)
         if decoder.config.vocab_size != tokenizer.vocab_size:
             raise RequestError(
                 f"the model has {decoder.config.vocab_size} tokens, its tokenizer "
@@ -221,15 +223,19 @@ class Engine:
         top_p: float | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        until_eot: bool = True,
     ) -> Completion:
-        """Lines a completion up; each `step` brings it on. The arguments and errors are those of `generate`."""
+        """Lines a completion up; each `step` brings it on. The arguments and errors are those of `generate`.
+
+        until_eot=False: end-of-text is a token like others, and max_tokens of them are chosen.
+        """
         if max_tokens < 0:
             raise RequestError(f"max_tokens = {max_tokens} must be at least 0")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if any(not text for text in stops):
             raise RequestError("a stop text must not be empty")
         sampling = Sampling(temperature, top_k, top_p)
-        completion = Completion(self.tokenizer, self._ids(prompt), max_tokens, sampling, stops, _seed(seed))
+        completion = Completion(self.tokenizer, self._ids(prompt), max_tokens, sampling, stops, _seed(seed), until_eot)
         self._waiting.append(completion)
         return completion
 
@@ -333,27 +339,29 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def load(model: str | Path, device: str = "auto") -> Engine:
+def load(model: str | Path, device: str = "auto", slots: int = SLOTS) -> Engine:
     """The engine of MODEL: a run (its newest checkpoint), a checkpoint, an int8 directory, a Hugging Face GPT-2
     directory or id.
 
-    An int8 directory on a CPU is run by the kernels, where they can be built; else, after a warning, by torch.
+    slots: completions in flight at most. An int8 directory on a CPU is run by the kernels, where they can be built;
+    else, after a warning, by torch.
     Raises RequestError where it is no GPT-2 or has no tokenizer, WorkError where a run has no good checkpoint.
     """
     directory = hf.local_directory(resolve_model(model))
     found = find_device(device)
     if not is_quantized(directory):
         network = GPT.from_pretrained(directory)
-        return Engine(network.to(found), _tokenizer(directory, network.config.vocab_size))
+        tokenizer = _tokenizer(directory, network.config.vocab_size)
+        return Engine(network.to(found), tokenizer, slots=slots)
     weights = read_quantized(directory)
     tokenizer = _tokenizer(directory, weights.config.vocab_size)
     why_not = kernels_available() if found.type == "cpu" else "they are for a CPU"
     if why_not is None:
-        decoder = NativeDecoder(weights, SLOTS)  # has its own copy: `weights` are dropped, and read again if asked for
+        decoder = NativeDecoder(weights, slots)  # has its own copy: `weights` are dropped, and read again if asked for
         return Engine(lambda: int8_network(read_quantized(directory)), tokenizer, decoder=decoder)
     if found.type == "cpu":
         warnings.warn(f"the int8 kernels cannot be used, torch does the work, far slower: {why_not}", stacklevel=2)
-    return Engine(int8_network(weights).to(found), tokenizer)
+    return Engine(int8_network(weights).to(found), tokenizer, slots=slots)
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
