@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a GPT-2, or go on with a run",
     "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
+    "quantize": "a model's weights to int8",
     "export": "a model as a GGUF file for llama.cpp",
     "push": "a model with its card to the Hugging Face hub",
     "ladder": "what each optimisation of training gains on this machine",

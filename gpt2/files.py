@@ -54,8 +54,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     path = Path(os.path.abspath(path))
     made: list[Path] = []
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise RequestError(f"{path} exists already: remove it or name another directory")
+        refuse_existing(path)
         made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=path.parent))
@@ -77,6 +76,12 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if not path.exists():
             _remove_empty(made)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises RequestError where `path` is there and no empty directory, OSError where that cannot be known."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise RequestError(f"{path} exists already: remove it or name another directory")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from gpt2.commands.common import Json, Outcome, parse, say
+from gpt2.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ def main(argv: Sequence[str]) -> Outcome:
     args = parse(Export, argv, "export")
     from gpt2.checkpoint.gguf import write_gguf
     from gpt2.inference.engine import load
+    from gpt2.inference.quantize import is_quantized
 
+    if is_quantized(Path(args.model)):
+        raise RequestError(f"{args.model} is int8: export the float model it was made from (--quant q8_0 for 8 bits)")
     engine = load(args.model, "cpu")
     model = engine.model
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model

@@ -116,6 +116,15 @@ def evaluate_loss(
     return LossResult(nats, int(all_tokens), int(all_bytes), time.perf_counter() - started)
 
 
+def check_tokenizer(tokenizer: Tokenizer, dataset: Dataset) -> None:
+    """Raises RequestError where the data was prepared with another tokenizer than the model's."""
+    if tokenizer.hash != dataset.tokenizer.hash:
+        raise RequestError(
+            f"the data's tokenizer ({dataset.tokenizer.name}) differs from the model's ({tokenizer.name}): "
+            f"prepare the data with --tokenizer {tokenizer.name}"
+        )
+
+
 def evaluate_model_loss(
     model: GPT,
     tokenizer: Tokenizer,
@@ -129,11 +138,7 @@ def evaluate_model_loss(
 
     Raises RequestError where the data was prepared with another tokenizer or lacks the split.
     """
-    if tokenizer.hash != dataset.tokenizer.hash:
-        raise RequestError(
-            f"the data's tokenizer ({dataset.tokenizer.name}) differs from the model's ({tokenizer.name}): "
-            f"prepare the data with --tokenizer {tokenizer.name}"
-        )
+    check_tokenizer(tokenizer, dataset)
 
     def mean_loss(idx: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = model(idx, targets)[1]

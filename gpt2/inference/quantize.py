@@ -3,10 +3,10 @@
     GPT ── quantize_model ── QuantizedWeights ── write_quantized ── DIR ── read_quantized ── int8_network, NativeDecoder
 
 A matrix keeps, for each output channel i, whole numbers q[i, :] in -127..127 and a scale: w[i, j] ≈ scale[i] · q[i, j],
-scale[i] = max |w[i, :]| / 127. A large weight makes the grid coarse for all others of its row, and OpenAI's GPT-2 has
+scale[i] about max |w[i, :]| / 127. A large weight makes the grid coarse for all of its row, and OpenAI's GPT-2 has
 channels whose weights or activations are tens of times as large as the rest. So before rounding the network is
-rewritten, its function unchanged, into one without such weights (1 to 3). What the rounding shifts where an activation
-is the same for every token is then taken off again (4, 5):
+rewritten, its function unchanged, into one without such weights (1 to 3), and rounding looks at the sizes of the
+activations (4, 5), which a pass over 1,024 random tokens shows:
 
 1. A layer norm's scale and offset go into the matrix behind it: (n·g + b) Wᵀ = n (W·g)ᵀ + W b. What is left of
    ln_1 and ln_2 only normalises.
@@ -16,10 +16,8 @@ is the same for every token is then taken off again (4, 5):
 3. An offset common to all rows of wte goes into wpe, whence it reaches the same sum, and out of the head into
    `head_column`: it adds one number to all logits of a position.
 4. A channel of the residual stream that carries a constant makes an input of the next matrix constant: times the
-   rounding errors that is a constant, too, and the bias takes it up (section 4.2 there). The inputs are those of 1,024
-   random tokens: a constant does not ask which.
-5. The head has no bias. Where one of its inputs is far larger than the others, its rows' scales are searched near
-   max / 127 for the one with the least squared error, each input counted by its size.
+   rounding errors that is a constant, too, and the bias takes it up (section 4.2 there).
+5. The scale of a row is searched near max / 127 for the least squared error, each weight's counted by its input.
 """
 
 import json
@@ -52,6 +50,7 @@ QUANTIZATION = {
 }
 ROWS = 4096  # rows quantised at once: wte is never held twice in float
 CALIBRATION = 1024  # tokens
+FACTORS = tuple(0.9 + 0.01 * i for i in range(16))  # of max / 127
 LARGEST = 127
 
 
@@ -124,8 +123,8 @@ def quantize_model(model: GPT) -> QuantizedWeights:
         layers = []
         for block in model.h:
             assert isinstance(block, Block)
-            x, means = _run(block, x)
-            layers.append(_quantize_block(block, means))
+            x, inputs = _run(block, x)
+            layers.append(_quantize_block(block, inputs))
         size = _float(model.ln_f(x)).flatten(0, 1).square().mean(0).sqrt()  # (C,) of the head's inputs
     finally:
         model.train(was_training)
@@ -139,11 +138,12 @@ def quantize_model(model: GPT) -> QuantizedWeights:
         balance = _balance(size, head)
         ln_f_weight, ln_f_bias, size, head = ln_f_weight * balance, ln_f_bias * balance, size * balance, head / balance
         head_column = _mean_row(head)
-        lm_head = _round(head, offset=head_column, size=size)
+        lm_head = _round(head, None, _Inputs(torch.zeros_like(size), size), head_column)
+        size = torch.ones_like(size)  # an embedding is added, every channel alike
     return QuantizedWeights(
         config=config,
         layers=tuple(layers),
-        wte=_round(wte, offset=column, size=size if config.tie_embeddings else None),
+        wte=_round(wte, None, _Inputs(torch.zeros_like(size), size), column),
         lm_head=lm_head,
         wpe=_float(model.wpe.weight) + column,
         ln_f_weight=ln_f_weight,
@@ -152,18 +152,29 @@ def quantize_model(model: GPT) -> QuantizedWeights:
     )
 
 
-def _run(block: Block, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The block's output for (B, T, C), and what is constant in each matrix's input, a layer norm's scale left out."""
-    means = {}
+@dataclass(frozen=True)
+class _Inputs:
+    """What a matrix is multiplied with."""
+
+    constant: Tensor
+    """(in,) what is the same for every token"""
+    size: Tensor
+    """(in,) root mean square of the rest"""
+
+
+def _run(block: Block, x: Tensor) -> tuple[Tensor, dict[str, _Inputs]]:
+    """The block's output for (B, T, C), and the inputs of its matrices, a layer norm's scale left out."""
+    inputs = {}
 
     def note(name: str, module: nn.Module) -> RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = _float(inputs[0]).flatten(0, 1)  # (B T, in)
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen = _float(args[0]).flatten(0, 1)  # (B T, in)
             if isinstance(module, nn.LayerNorm):
                 seen = F.layer_norm(seen, seen.shape[-1:], eps=module.eps)
-            mean = seen.mean(0)
+            mean, square = seen.mean(0), seen.square().mean(0)
             # A mean counts in so far as it stands out from the spread: the rest may be chance, or of these tokens only.
-            means[name] = mean.pow(3) / seen.square().mean(0).clamp(min=torch.finfo(torch.float32).tiny)
+            constant = mean.pow(3) / square.clamp(min=torch.finfo(torch.float32).tiny)
+            inputs[name] = _Inputs(constant, (seen - constant).square().mean(0).sqrt())
 
         return module.register_forward_pre_hook(hook)
 
@@ -174,13 +185,13 @@ def _run(block: Block, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         note("mlp_c_proj", block.mlp.c_proj),
     ]
     try:
-        return block(x), means
+        return block(x), inputs
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _quantize_block(block: Block, means: Mapping[str, Tensor]) -> Int8Layer:
+def _quantize_block(block: Block, inputs: Mapping[str, _Inputs]) -> Int8Layer:
     attn, mlp = block.attn, block.mlp
     c_attn, c_attn_bias = _fold(block.ln_1, attn.c_attn)  # (3C, C), (3C,)
     c_fc, c_fc_bias = _fold(block.ln_2, mlp.c_fc)  # (4C, C), (4C,)
@@ -190,11 +201,13 @@ def _quantize_block(block: Block, means: Mapping[str, Tensor]) -> Int8Layer:
     balance = _balance(torch.hypot(values.norm(dim=1), values_bias), c_proj)  # (C,)
     values *= balance[:, None]
     values_bias *= balance
+    mixed = inputs["attn_c_proj"]
+    mixed = _Inputs(mixed.constant * balance, mixed.size * balance)
     return Int8Layer(
-        c_attn=_round(c_attn, c_attn_bias, means["c_attn"]),
-        attn_c_proj=_round(c_proj / balance, _float(attn.c_proj.bias), means["attn_c_proj"] * balance),
-        c_fc=_round(c_fc, c_fc_bias, means["c_fc"]),
-        mlp_c_proj=_round(_float(mlp.c_proj.weight), _float(mlp.c_proj.bias), means["mlp_c_proj"]),
+        c_attn=_round(c_attn, c_attn_bias, inputs["c_attn"]),
+        attn_c_proj=_round(c_proj / balance, _float(attn.c_proj.bias), mixed),
+        c_fc=_round(c_fc, c_fc_bias, inputs["c_fc"]),
+        mlp_c_proj=_round(_float(mlp.c_proj.weight), _float(mlp.c_proj.bias), inputs["mlp_c_proj"]),
     )
 
 
@@ -222,44 +235,40 @@ def _mean_row(matrix: Tensor) -> Tensor:
     return (total / len(matrix)).float()
 
 
-def _round(
-    matrix: Tensor,
-    bias: Tensor | None = None,
-    mean: Tensor | None = None,
-    offset: Tensor | float = 0.0,
-    size: Tensor | None = None,
-) -> Int8Matrix:
+def _round(matrix: Tensor, bias: Tensor | None, inputs: _Inputs, offset: Tensor | float = 0.0) -> Int8Matrix:
     """(out, in) less `offset` to int8, each row with its own scale.
 
-    mean: (in,) what is constant in the inputs; its product with the rounding errors is added to the bias.
-    size: (in,) root mean squares of the inputs; where they differ much, the scales are searched by them.
+    The product of the rounding errors with what is constant in the inputs is added to the bias.
     """
     weight = torch.empty(matrix.shape, dtype=torch.int8)
-    scale, shift = torch.empty(len(matrix)), torch.zeros(len(matrix))
-    uneven = size is not None and bool(size.max() > 4 * size.square().mean().sqrt())
+    scale, shift = torch.empty(len(matrix)), torch.empty(len(matrix))
     for start in range(0, len(matrix), ROWS):
-        rows = matrix[start : start + ROWS] - offset  # (n, in)
-        largest = rows.abs().amax(1)
-        steps = torch.where(largest > 0, largest / LARGEST, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
-        if size is not None and uneven:
-            steps = _search(rows, steps, size)
-        whole = (rows / steps[:, None]).round_().clamp_(-LARGEST, LARGEST)
-        if mean is not None:
-            shift[start : start + ROWS] = torch.addcmul(rows, whole, steps[:, None], value=-1) @ mean
-        scale[start : start + ROWS] = steps
-        weight[start : start + ROWS] = whole
+        part = slice(start, start + ROWS)
+        rows = matrix[part] - offset  # (n, in)
+        scale[part] = _search(rows, inputs.size)
+        whole, error = _grid(rows, scale[part])
+        weight[part] = whole
+        shift[part] = error @ inputs.constant
     return Int8Matrix(weight, scale, None if bias is None else bias + shift)
 
 
-def _search(rows: Tensor, steps: Tensor, size: Tensor) -> Tensor:
-    """(n,) scales near `steps` with the least squared error of (n, in) rows, for inputs of that size."""
-    best, least = steps, torch.full_like(steps, torch.inf)
-    for factor in torch.linspace(0.9, 1.05, 16).tolist():
-        tried = steps * factor
-        whole = (rows / tried[:, None]).round_().clamp_(-LARGEST, LARGEST)
-        error = torch.addcmul(rows, whole, tried[:, None], value=-1).mul_(size).square_().sum(1)
-        best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
+def _search(rows: Tensor, size: Tensor) -> Tensor:
+    """(n,) scales near max / 127 with the least squared error of (n, in) rows, for inputs of that size."""
+    largest = rows.abs().amax(1)
+    start = torch.where(largest > 0, largest / LARGEST, 1.0)
+    best, least = start, torch.full_like(start, torch.inf)
+    for factor in FACTORS:
+        tried = (start * factor).clamp(min=torch.finfo(torch.float32).tiny)
+        _, error = _grid(rows, tried)
+        errors = error.mul_(size).square_().sum(1)  # (n,)
+        best, least = torch.where(errors < least, tried, best), torch.minimum(errors, least)
     return best
+
+
+def _grid(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, in) rows as whole numbers for those scales, and what that leaves."""
+    whole = (rows / scale[:, None]).round_().clamp_(-LARGEST, LARGEST)
+    return whole, torch.addcmul(rows, whole, scale[:, None], value=-1)
 
 
 def is_quantized(directory: Path) -> bool:
