@@ -192,7 +192,7 @@ def test_wrong_requests_send_nothing(run: Path, tmp_path: Path, hub: Hub, capsys
     (tmp_path / "there" / "file").touch()
     cases = [
         ([str(run), "a/b/c"], "no name of a repository"),
-        ([str(run), "-bad-"], "no name of a repository"),
+        ([str(run), "bad-"], "no name of a repository"),
         (["someone/else", "small"], "there is no directory"),
         ([str(tmp_path), "small"], "no config.json"),
         ([str(run), "small", "--dry-run", str(tmp_path / "there")], "exists already"),
