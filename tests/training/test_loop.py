@@ -27,7 +27,7 @@ from gpt2.evaluation.loss import evaluate_model_loss
 from gpt2.inference.engine import load
 from gpt2.model import GPT
 from gpt2.training.loop import accumulate_gradients, train
-from gpt2.training.metrics import read_metrics, start_at
+from gpt2.training.metrics import _RunService, read_metrics, start_at
 from gpt2.training.parallel import TrainingNetwork
 from gpt2.training.run import resume_run, start_run
 
@@ -201,7 +201,6 @@ def test_resume_refuses_what_changes_results_and_takes_what_does_not(tiny: Confi
 
 
 def test_resume_takes_the_same_data_elsewhere_and_no_other(tiny: Config, tmp_path: Path) -> None:
-
     from gpt2.data.prepare import prepare
 
     start_run(tiny, tmp_path / "run")
@@ -428,3 +427,30 @@ def test_a_missing_hellaswag_file_is_refused_before_the_run_is_made(tiny: Config
     with pytest.raises(RequestError, match=r"cannot read .*none"):
         start_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_metrics_service_is_refused_before_the_run_is_made(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"log\.sink = 'wandb' needs a package"):
+        start_run(changed(tiny, log__sink="wandb"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metrics_service_that_cannot_start_is_told_in_one_line(tmp_path: Path) -> None:
+    class Service:
+        __name__ = "wandb"
+
+        def init(self, **_: object) -> None:
+            raise ValueError("no account\nlog in")
+
+    with pytest.raises(WorkError, match=r"log\.sink = 'wandb' cannot start \(ValueError: no account log in\)"):
+        _RunService(Service(), tmp_path, {})
+
+
+def test_a_run_whose_data_was_moved_says_how_to_name_it(tiny: Config, tmp_path: Path) -> None:
+    start_run(tiny, tmp_path / "run")
+    config = changed(read_run_config(tmp_path / "run"), train__data=str(tmp_path / "moved"))
+    with pytest.raises(RequestError, match=r"holds no dataset\.json.*or say by --data where the run's data lies now"):
+        resume_run(tmp_path / "run", config)
