@@ -205,10 +205,9 @@ def state_from_dict(values: Mapping[str, Any]) -> TrainingState:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run that were completed, oldest first."""
+    """The checkpoints of a run, oldest first. Their names appear in a rename: one that is not whole is damaged."""
     found = (run / "checkpoints").glob("step_*")
-    named = [path for path in found if re.fullmatch(r"step_\d+", path.name) and (path / CHECKSUMS).is_file()]
-    return sorted(named, key=step_of)
+    return sorted((path for path in found if re.fullmatch(r"step_\d+", path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -269,8 +268,12 @@ def resolve_model(path_or_id: str | Path) -> str | Path:
         return path_or_id
     newest, complaints = newest_good_checkpoint(path)
     if newest is None:
-        reason = complaints[0] if complaints else "it has not reached its first one"
-        raise WorkError(f"the run {path} has no good checkpoint: {reason}; train on with `gpt2 train --resume {path}`")
+        reason = (
+            f"{complaints[0]}; restore it from a copy"
+            if complaints
+            else f"it has not reached its first one; train on with `gpt2 train --resume {path}`"
+        )
+        raise WorkError(f"the run {path} has no good checkpoint: {reason}")
     for complaint in complaints:
         warnings.warn(f"{complaint}; {newest.name} is taken instead", stacklevel=2)
     return newest

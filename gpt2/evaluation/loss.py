@@ -59,6 +59,18 @@ class LossResult:
         }
 
 
+def count_windows(split: Split, context: int, windows: int = 0, stride: int = 0) -> int:
+    """How many windows the loss is taken over; the parameters are those of `evaluate_loss`."""
+    targets = split.tokens - 1
+    count = 1 + max(0, math.ceil((targets - context) / (stride or context)))
+    return min(windows, count) if windows else count
+
+
+def rows_of_a_pass(count: int, batch: int, world_size: int) -> int:
+    """Windows in one forward pass: `batch`, or fewer where each process has fewer."""
+    return min(batch, -(-count // world_size))
+
+
 @torch.no_grad()
 def evaluate_loss(
     mean_loss: MeanLoss,
@@ -75,8 +87,8 @@ def evaluate_loss(
     windows: how many, from the start of the split; 0 for all. stride: tokens from one window's start to the next's;
     0 for the context, so that windows do not overlap. With a smaller one every target is still counted once, in the
     first window that holds it: all but the first window's targets have at least context - stride tokens before them.
-    Every forward pass has the same shape (batch, context), filled up with ignored targets, so that a compiled
-    network needs one graph. Processes share the batches, each making as many passes, and each gives the whole
+    Every forward pass has the same shape (`rows_of_a_pass`, context), filled up with ignored targets, so that a
+    compiled network needs one graph. Processes share the batches, each making as many passes, and each gives the whole
     result. Raises RequestError for a stride that is not in 0..context.
     """
     started = time.perf_counter()
@@ -84,9 +96,8 @@ def evaluate_loss(
         raise RequestError(f"--stride {stride} must be in 1..{context}, the context; or 0 for no overlap")
     stride = stride or context
     last = split.tokens - 1  # targets in the split
-    count = 1 + max(0, math.ceil((last - context) / stride))
-    if windows:
-        count = min(windows, count)
+    count = count_windows(split, context, windows, stride)
+    batch = rows_of_a_pass(count, batch, distributed.world_size)
     lengths = np.array(
         [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
     )

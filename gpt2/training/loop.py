@@ -25,7 +25,7 @@ from gpt2.data.loader import BatchLoader, prefetch
 from gpt2.distributed import Distributed, explained
 from gpt2.errors import WorkError
 from gpt2.evaluation.hellaswag import HellaSwagResult, Items, evaluate_hellaswag
-from gpt2.evaluation.loss import LossResult, evaluate_loss
+from gpt2.evaluation.loss import LossResult, count_windows, evaluate_loss, rows_of_a_pass
 from gpt2.inference.engine import Engine
 from gpt2.model import GPT, flops_per_token
 from gpt2.training.guard import after_bad_step, after_good_step, after_rollback, bad_step
@@ -82,7 +82,7 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
         stop_signals() as stop,
         closing(prefetch(loader, state.step, first=distributed.rank * windows, count=windows)) as batches,
     ):
-        compile_seconds = warm_up(network, model, config, distributed, micro_batch)
+        compile_seconds = warm_up(network, model, run, micro_batch)
         metrics.event("start", state.step, compile_seconds=compile_seconds, **describe(run, model, peak, micro_batch))
         metrics.say(introduction(run, model, loader, compile_seconds, micro_batch))
         logged, clock = state, time.perf_counter()
@@ -276,18 +276,21 @@ def one_pass(network: TrainingNetwork, model: GPT, config: Config, distributed: 
         network(idx, idx.clone()).backward()  # type: ignore[no-untyped-call]  # not idx twice: the compiler would count on it
 
 
-def warm_up(network: TrainingNetwork, model: GPT, config: Config, distributed: Distributed, micro_batch: int) -> float:
+def warm_up(network: TrainingNetwork, model: GPT, run: Run, micro_batch: int) -> float:
     """One pass of each shape that training and validation use, so that no step waits for the compiler; seconds.
 
     Leaves weights and gradients as they were. Raises WorkError where memory or compiler fail.
     """
-    started, device = time.perf_counter(), distributed.device
+    started = time.perf_counter()
+    config, distributed, device = run.config, run.distributed, run.distributed.device
     try:
         one_pass(network, model, config, distributed, micro_batch)
         model.zero_grad(set_to_none=True)
-        if config.train.compile:
+        if config.train.compile and run.dataset.has_split("val"):
             model.eval()
-            idx = torch.zeros(config.eval.batch, config.model.n_ctx, dtype=torch.int64, device=device)
+            count = count_windows(run.dataset.split("val"), config.model.n_ctx, config.eval.windows)
+            rows = rows_of_a_pass(count, config.eval.batch, distributed.world_size)
+            idx = torch.zeros(rows, config.model.n_ctx, dtype=torch.int64, device=device)
             with torch.no_grad():
                 network(idx, idx.clone())
     except torch.OutOfMemoryError as error:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2.config import to_dict
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
 from gpt2.training.run import Run
 
 
@@ -51,7 +51,14 @@ class _RunService:
 
     def __init__(self, module: Any, run: Path, config: Mapping[str, Any]) -> None:
         self.module = module
-        module.init(project="build-gpt2", name=run.name, config=dict(config))
+        try:
+            module.init(project="build-gpt2", name=run.name, config=dict(config))
+        except Exception as error:  # no account, no network: each service has its own errors
+            reason = " ".join(str(error).split())[:200]
+            raise WorkError(
+                f"log.sink = {module.__name__!r} cannot start ({type(error).__name__}: {reason}): log in to it, "
+                "or go on with --log.sink none"
+            ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.module.log(dict(values), step=step)

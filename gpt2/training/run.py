@@ -1,6 +1,7 @@
 """A run's directory: made in one rename with its config, continued where it stopped."""
 
 import dataclasses
+import importlib.util
 import os
 import shutil
 import sys
@@ -87,7 +88,10 @@ def resume_run(path: Path, config: Config, distributed: Distributed | None = Non
     Raises RequestError that names each changed field which changes more than speed or intervals.
     """
     distributed = distributed or _join(config)
-    dataset = Dataset.open(Path(config.train.data))
+    try:
+        dataset = Dataset.open(Path(config.train.data))
+    except RequestError as error:  # a relative path that was given in another directory, or data that was moved
+        raise RequestError(f"{error}; or say by --data where the run's data lies now") from error
 
     def prepare() -> dict[str, Any]:
         saved = read_run_config(path)
@@ -158,6 +162,8 @@ def resolve(
     model = dataclasses.replace(model, vocab_size=dataset.tokenizer.vocab_size)
     if config.eval.hellaswag_every:
         hellaswag_items(config, dataset)  # raises where the file is not there or is another
+    if config.log.sink != "none" and importlib.util.find_spec(config.log.sink) is None:
+        raise RequestError(f"log.sink = {config.log.sink!r} needs a package: pip install 'build-gpt2[logging]'")
     notes += check_text(dataset, model, train)
     prompt = len(dataset.tokenizer.encode(config.eval.sample_prompt)) if config.eval.sample_every else 0
     if prompt > model.n_ctx:

@@ -82,8 +82,21 @@ def test_every_pass_has_one_shape(dataset: Dataset) -> None:
         shapes.add((tuple(idx.shape), tuple(targets.shape)))
         return torch.tensor(1.0)
 
-    evaluate_loss(record, dataset.split("val"), dataset.tokenizer, 32, ALONE, batch=5)
-    assert shapes == {((5, 32), (5, 32))}
+    evaluate_loss(record, dataset.split("val"), dataset.tokenizer, 32, ALONE, batch=2)
+    assert shapes == {((2, 32), (2, 32))}
+
+
+def test_a_pass_is_no_larger_than_the_windows(dataset: Dataset) -> None:
+    shapes = set()
+
+    def record(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(idx.shape))
+        return torch.zeros(())
+
+    split = dataset.split("val")
+    evaluate_loss(record, split, dataset.tokenizer, 32, ALONE, batch=10**6)
+    evaluate_loss(record, split, dataset.tokenizer, 32, ALONE, batch=10**6, windows=3)
+    assert shapes == {(-(-(split.tokens - 1) // 32), 32), (3, 32)}
 
 
 def test_refuses_another_tokenizer_and_a_missing_split(dataset: Dataset, tmp_path: Path) -> None:

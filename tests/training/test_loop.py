@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from gpt2.evaluation.loss import evaluate_model_loss
 from gpt2.inference.engine import load
 from gpt2.model import GPT
 from gpt2.training.loop import accumulate_gradients, train
-from gpt2.training.metrics import read_metrics, start_at
+from gpt2.training.metrics import _RunService, read_metrics, start_at
 from gpt2.training.parallel import TrainingNetwork
 from gpt2.training.run import resume_run, start_run
 
@@ -101,7 +102,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tiny: Config, tmp_path: Path
     broken = start_run(config, tmp_path / "broken")
     train(broken, quiet=True)
     for path in list_checkpoints(broken.path)[1:]:  # as if it had been killed after step 8, its lines written
-        (path / "checksums.json").unlink()
+        shutil.rmtree(path)
     assert step_of(list_checkpoints(broken.path)[-1]) == 8
     train(resume_run(broken.path, read_run_config(broken.path)), quiet=True)
 
@@ -200,8 +201,6 @@ def test_resume_refuses_what_changes_results_and_takes_what_does_not(tiny: Confi
 
 
 def test_resume_takes_the_same_data_elsewhere_and_no_other(tiny: Config, tmp_path: Path) -> None:
-    import shutil
-
     from gpt2.data.prepare import prepare
 
     start_run(tiny, tmp_path / "run")
@@ -259,13 +258,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Config, tmp
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny: Config, tmp_path: Path) -> None:
     train(start_run(tiny, tmp_path / "run"), quiet=True)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+    def refused(reason: str) -> None:
+        for again in (
+            lambda: start_run(tiny, tmp_path / "run"),
+            lambda: resume_run(tmp_path / "run", tiny_of(tmp_path)),
+        ):
+            with pytest.raises(WorkError, match=f"no good checkpoint to go on from: .*{reason}"):
+                again()
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
     for path in list_checkpoints(tmp_path / "run"):
         (path / "config.json").write_text("{}")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    for again in (lambda: start_run(tiny, tmp_path / "run"), lambda: resume_run(tmp_path / "run", tiny_of(tmp_path))):
-        with pytest.raises(WorkError, match=r"no good checkpoint to go on from: .*config\.json is altered"):
-            again()
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    refused(r"config\.json is altered")
+    for path in list_checkpoints(tmp_path / "run"):
+        (path / "checksums.json").unlink()
+    refused(r"checksums\.json is missing")
 
 
 def tiny_of(directory: Path) -> Config:
@@ -418,3 +427,30 @@ def test_a_missing_hellaswag_file_is_refused_before_the_run_is_made(tiny: Config
     with pytest.raises(RequestError, match=r"cannot read .*none"):
         start_run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_metrics_service_is_refused_before_the_run_is_made(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"log\.sink = 'wandb' needs a package"):
+        start_run(changed(tiny, log__sink="wandb"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_metrics_service_that_cannot_start_is_told_in_one_line(tmp_path: Path) -> None:
+    class Service:
+        __name__ = "wandb"
+
+        def init(self, **_: object) -> None:
+            raise ValueError("no account\nlog in")
+
+    with pytest.raises(WorkError, match=r"log\.sink = 'wandb' cannot start \(ValueError: no account log in\)"):
+        _RunService(Service(), tmp_path, {})
+
+
+def test_a_run_whose_data_was_moved_says_how_to_name_it(tiny: Config, tmp_path: Path) -> None:
+    start_run(tiny, tmp_path / "run")
+    config = changed(read_run_config(tmp_path / "run"), train__data=str(tmp_path / "moved"))
+    with pytest.raises(RequestError, match=r"holds no dataset\.json.*or say by --data where the run's data lies now"):
+        resume_run(tmp_path / "run", config)
