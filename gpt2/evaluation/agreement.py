@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gpt2.data.shards import Split
-from gpt2.inference.kv_cache import KVCache
+from gpt2.inference.decoder import TorchDecoder
 from gpt2.model import GPT
 
 
@@ -34,15 +34,15 @@ def greedy_agreement(model: GPT, other: GPT, split: Split, tokens: int = 256) ->
     written = min(64, n_ctx - given + 1, tokens)
     count = -(-tokens // written)
     starts = torch.linspace(0, split.tokens - given, count).long().tolist()
-    rows = [split.read(start, start + given).astype("int64") for start in starts]
-    text = torch.stack([torch.from_numpy(row) for row in rows]).to(device)  # (count, given)
-    cache, new = KVCache(model.config, count, device, model.wpe.weight.dtype), text
-    for _ in range(written):
-        logits = model(new, cache=cache)[0]
-        assert logits is not None
-        cache.advance(new.size(1))
-        new = logits[:, -1:].argmax(-1)  # (count, 1)
-        text = torch.cat([text, new], dim=1)
+    texts = [split.read(start, start + given).tolist() for start in starts]
+    decoder, slots = TorchDecoder(model, count), range(count)
+    prompts = [decoder.step(ids, [slot] * given, range(given), [given - 1]) for slot, ids in enumerate(texts)]
+    likeliest = torch.cat(prompts).argmax(-1).tolist()  # (count,)
+    for place in range(given, given + written):
+        texts = [[*ids, token] for ids, token in zip(texts, likeliest, strict=True)]
+        if place < given + written - 1:
+            likeliest = decoder.step(likeliest, slots, [place] * count, slots).argmax(-1).tolist()
+    text = torch.tensor(texts, device=device)  # (count, given + written)
     logits = other(text[:, :-1])[0]  # (count, given + written - 1, vocab_size)
     assert logits is not None
     same = logits[:, given - 1 :].argmax(-1) == text[:, given:]  # (count, written)
