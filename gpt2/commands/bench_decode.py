@@ -16,7 +16,6 @@ class BenchDecode:
 
     The other programs are those that are installed beside this one:
 
-    \b
       llama.cpp     Q8_0                      pip install llama-cpp-python gguf
       openvino      int8                      pip install openvino openvino-genai openvino-tokenizers nncf transformers
       ctranslate2   int8                      pip install ctranslate2 transformers

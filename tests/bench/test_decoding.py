@@ -134,7 +134,7 @@ def test_one_that_fails_leaves_the_others_running(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode: sequences x steps over what the longer call takes beyond the shorter; prefill: prompt over the first."""
+    """Decode: sequences x steps over what the longer call takes beyond the shorter; prefill: prompts over that."""
     monkeypatch.setattr(decoding, "SETTLE_SECONDS", 0.0)
     ours, other = pretended(OURS, "transformers")
     ours.seconds_a_token = 0.5
