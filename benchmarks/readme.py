@@ -110,6 +110,23 @@ def hellaswag_rows(report: Report) -> list[Row]:
     return rows
 
 
+def decode_rows(report: Report) -> list[Row]:
+    rows = []
+    names = {
+        "one": "Generating, int8 124M, 1 sequence after 64 tokens",
+        "sixteen": "16 sequences after 64 tokens",
+        "long": "1 sequence after 900 tokens",
+        "prefill": "A prompt of 512 tokens",
+    }
+    for case in report["results"]:
+        ours, *others = case["results"]
+        figure = "prefill_tokens_per_second" if case["name"] == "prefill" else "tokens_per_second"
+        known = [(other[figure], other["name"]) for other in others if other.get(figure)]
+        told = ", ".join(f"{name} {speed:,.0f}" for speed, name in sorted(known, reverse=True))
+        rows.append((names[case["name"]], f"**{ours[figure]:,.0f}** tokens/s; {told}"))
+    return rows
+
+
 ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
     "startup": startup_rows,
     "prepare": prepare_rows,
@@ -118,7 +135,11 @@ ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
     "saving": saving_rows,
     "two_hosts": hosts_rows,
     "hellaswag": hellaswag_rows,
+    "decode_cpu": decode_rows,
 }
+
+
+SCRIPTS = {"crash_compiled": "crash", "decode_cpu": "decode"}  # where it is not the name of the JSON
 
 
 def table(results: Path) -> str:
@@ -130,7 +151,7 @@ def table(results: Path) -> str:
         if path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
             machines.add(processor(report))
-            lines += [(*row, f"`benchmarks/{name.removesuffix('_compiled')}.py`") for row in rows(report)]
+            lines += [(*row, f"`benchmarks/{SCRIPTS.get(name, name)}.py`") for row in rows(report)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\nOn {', '.join(sorted(machines))}."
 
 
