@@ -5,6 +5,7 @@ The verbs' options and work are in commands/, a file each, imported only when on
 """
 
 import difflib
+import errno
 import importlib
 import io
 import json
@@ -33,6 +34,7 @@ VERBS = {
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            return _run(argv)
+            code = _run(argv)
+            sys.stdout.flush()
+            return code
     except RequestError as error:
         return _complain(error, WRONG_REQUEST)
     except WorkError as error:
@@ -60,8 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("gpt2: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left (`gpt2 sample … | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return DONE
+    except OSError as error:  # a fault of the disk, wherever it shows; others are told where they are expected
+        if error.errno not in DISK_FAULTS:
+            raise
+        _drop_output()
+        return _complain(WorkError(f"cannot write {error.filename or 'the output'}: {error.strerror}"), FAILED)
 
 
 def _run(argv: list[str]) -> int:
@@ -82,7 +91,6 @@ def _run(argv: list[str]) -> int:
     outcome = importlib.import_module(f"gpt2.commands.{verb}").main(rest)
     if outcome.as_json:
         print(json.dumps(outcome.result, ensure_ascii=False))
-    sys.stdout.flush()
     code: int = outcome.code
     return code
 
@@ -118,6 +126,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     """numpy raises MemoryError; torch, which is not imported here, a RuntimeError, on a CPU of no kind of its own."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _drop_output() -> None:
+    """What still waits to be printed goes nowhere: the interpreter's last flush would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: RequestError | WorkError, code: int) -> int:

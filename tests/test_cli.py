@@ -372,3 +372,11 @@ def test_directories_that_are_no_gpt2_are_one_line_and_exit_2(
             err = wrong(capsys, tmp_path, *argv)
             assert said in err, (name, argv)
             assert directory in err, (name, argv)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("verb", ["--version", "plan"])
+def test_output_to_a_full_disk_is_told_in_one_line(verb: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "gpt2", verb], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "gpt2: cannot write the output: No space left on device\n")

@@ -31,7 +31,7 @@ from gpt2.model import GPT, flops_per_token
 from gpt2.training.guard import after_bad_step, after_good_step, after_rollback, bad_step
 from gpt2.training.metrics import Metrics, read_metrics, start_at
 from gpt2.training.optim import build_optimizers, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from gpt2.training.parallel import TrainingNetwork, share_of, whole
+from gpt2.training.parallel import TrainingNetwork, reshard, share_of, whole
 from gpt2.training.peak import device_peak
 from gpt2.training.run import Run, hellaswag_items
 from gpt2.training.saver import OPTIMIZER, WEIGHTS, Saver
@@ -62,10 +62,9 @@ def train(run: Run, quiet: bool = False) -> dict[str, Any]:
     model, weights, state = load_weights(run)
     network = TrainingNetwork(model, config, distributed)
     optimizers = load_optimizers(run, model, weights)
-    if distributed.is_main:
-        start_at(run.path, state.step)
     if state.finished:
         return distributed.on_main(lambda: summary(run))
+    distributed.on_main(lambda: start_at(run.path, state.step))
 
     loader = BatchLoader(run.dataset.split("train"), config.model.n_ctx, config.batch_windows, config.train.seed)
     windows = config.windows_per_process(distributed.world_size)
@@ -231,6 +230,7 @@ def load_optimizers(run: Run, model: GPT, training: dict[str, Tensor]) -> list[t
 
 def named_tensors(model: GPT, optimizers: list[torch.optim.Optimizer]) -> list[tuple[str, Tensor]]:
     """All that a checkpoint holds, by the names of the saver."""
+    reshard(model)
     weights = [(WEIGHTS + name, parameter) for name, parameter in model.named_parameters()]
     return weights + [(OPTIMIZER + name, t) for name, t in optimizer_tensors(model, optimizers).items()]
 
@@ -408,6 +408,7 @@ def roll_back(
         raise WorkError(f"{said}, and there is no checkpoint to go back to: {mend}")
 
     checkpoint = state_from_dict(distributed.on_main(read))
+    reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in distributed.tensors_from_main(weights):

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -165,12 +166,20 @@ class Metrics:
 
 
 def start_at(run: Path, step: int) -> None:
-    """Drops from metrics.jsonl the events after `step`, and a last line that a kill left torn."""
+    """Drops from metrics.jsonl the events after `step`, and a last line that a kill left torn.
+
+    Raises WorkError where the run cannot be written: it could not be saved either.
+    """
     path = run / "metrics.jsonl"
     kept = [line for line in read_metrics(run) if line["step"] <= step]
     temporary = path.with_name(".tmp-metrics.jsonl")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise WorkError(f"cannot write {path}: {error.strerror}; make room, or the directory writable") from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

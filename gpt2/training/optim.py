@@ -97,10 +97,17 @@ def _by_shape(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All of the optimizers' state by parameter: `wte.weight.exp_avg`, `h.0.attn.c_attn.weight.momentum_buffer`, …"""
+    """All of the optimizers' state by parameter: `wte.weight.exp_avg`, `h.0.attn.c_attn.weight.momentum_buffer`, …
+
+    Raises RuntimeError where an optimizer has state of something that is no parameter of the model: a checkpoint
+    would lose it without a word.
+    """
+    parameters = dict(model.named_parameters())
+    if strangers := sum(len(set(optimizer.state) - set(parameters.values())) for optimizer in optimizers):
+        raise RuntimeError(f"the optimizers hold state of {strangers} tensors that are no parameters of the model")
     return {
         f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
         for optimizer in optimizers
         for key, value in optimizer.state.get(parameter, {}).items()
     }

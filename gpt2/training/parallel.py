@@ -104,6 +104,17 @@ def shard(model: GPT, config: Config, distributed: Distributed) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+def reshard(model: GPT) -> None:
+    """Gives every parameter back as the share that the optimizer knows.
+
+    A forward pass without a backward one (validation, samples) leaves the root group's parameters whole: then
+    `model.parameters()` are other objects, for which the optimizer has no state.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of the model or of an optimizer, whole. All processes must ask for it where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

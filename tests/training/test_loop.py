@@ -375,6 +375,22 @@ def test_metrics_are_cut_at_the_checkpoint_and_a_torn_line_is_dropped(tmp_path: 
     assert [e["step"] for e in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_a_run_that_cannot_be_written_is_refused_and_a_finished_one_only_read(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = changed(tiny, train__steps=2)
+    result = train(start_run(config, tmp_path / "run"), quiet=True)
+    started = start_run(config, tmp_path / "other")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    assert train(start_run(config, tmp_path / "run"), quiet=True) == result
+    with pytest.raises(WorkError, match=r"cannot write .*metrics\.jsonl: Read-only file system"):
+        train(started, quiet=True)
+
+
 def test_samples_do_not_disturb_the_run(tiny: Config, tmp_path: Path) -> None:
     config = changed(tiny, train__steps=6, model__dropout=0.2)
     train(start_run(config, tmp_path / "plain"), quiet=True)

@@ -122,3 +122,11 @@ def test_learning_rates_scale_from_each_groups_peak() -> None:
     set_learning_rate(optimizers, 0.5)
     set_learning_rate(optimizers, 0.25)
     assert {g["lr"] for o in optimizers for g in o.param_groups} == {0.25e-3, 0.005}
+
+
+def test_state_of_a_tensor_that_is_no_parameter_is_not_lost_in_silence() -> None:
+    model = GPT(GPTConfig(vocab_size=64, n_ctx=8, n_layer=1, n_head=2, n_embd=8))
+    optimizers = build_optimizers(model, OptimConfig())
+    optimizers[0].state[torch.nn.Parameter(torch.zeros(1))]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="state of 1 tensors"):
+        optimizer_tensors(model, optimizers)
