@@ -374,9 +374,77 @@ def test_directories_that_are_no_gpt2_are_one_line_and_exit_2(
             assert directory in err, (name, argv)
 
 
+<<<<<<< HEAD
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("verb", ["--version", "plan"])
 def test_output_to_a_full_disk_is_told_in_one_line(verb: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "gpt2", verb], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "gpt2: cannot write the output: No space left on device\n")
+=======
+def test_quantize_measures_and_its_directory_is_a_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path, text_directory: Path
+) -> None:
+    float_run, int8 = str(tmp_path / "run"), str(tmp_path / "int8")
+    argv = ("train", "--data", str(data), "--out", float_run, "--preset", "tiny", "--train.steps", "5")
+    assert run(*argv, capsys=capsys)[0] == 0
+
+    def as_json(*argv: str) -> dict[str, object]:
+        code, said, err = run(*argv, "--json", capsys=capsys)
+        assert code == 0, err
+        result = json.loads(said.splitlines()[-1])
+        assert isinstance(result, dict)
+        return result
+
+    made = as_json("quantize", float_run, "--out", int8, "--data", str(data), "--tokens", "0", "--device", "cpu")
+    checkpoint = next(Path(float_run).rglob("model.safetensors"))
+    assert made["bytes_before"] == checkpoint.stat().st_size
+    assert made["bytes_after"] == (Path(int8) / "model.safetensors").stat().st_size
+    before, after = (as_json("eval", model, "--data", str(data), "--device", "cpu") for model in (float_run, int8))
+    assert made["perplexity_before"] == pytest.approx(before["perplexity"], rel=1e-6)
+    assert made["perplexity_after"] == pytest.approx(after["perplexity"], rel=1e-6)
+    assert made["bits_per_byte_after"] == pytest.approx(after["bits_per_byte"], rel=1e-6)
+    assert made["perplexity_after"] == pytest.approx(made["perplexity_before"], rel=0.01)
+    assert made["agreement_tokens"] == 256
+    assert "first_difference" in made
+    assert as_json("quantize", str(checkpoint.parent), "--out", f"{int8}-alone").keys() == {
+        "out",
+        "bytes_before",
+        "bytes_after",
+        "seconds",
+    }
+
+    item = {"ctx": "the people", "endings": ["will meet", "are", "have a sea", "go on land"], "label": 2}
+    (tmp_path / "items.jsonl").write_text(f"{json.dumps(item)}\n", encoding="utf-8")
+    assert as_json("eval", int8, "--task", "hellaswag", "--file", str(tmp_path / "items.jsonl"))["items"] == 1
+    assert as_json("sample", int8, "--prompt", "the", "--max-tokens", "5")["completions"]
+
+    other, out = str(tmp_path / "other"), str(tmp_path / "out")
+    assert run("prepare", str(text_directory), "--out", other, "--tokenizer", "bpe:300", capsys=capsys)[0] == 0
+    tiny = ("--preset", "tiny", "--data", str(data))
+    cases: list[tuple[tuple[str, ...], str]] = [
+        (("quantize", int8, "--out", out), "is int8 already: name the float model"),
+        (("quantize", float_run, "--out", int8), "exists already: remove it or name another directory"),
+        (("quantize", float_run, "--out", "x" * 5000), "name another directory"),
+        (("quantize", "./nowhere", "--out", out), "there is no directory"),
+        (
+            ("quantize", float_run, "--out", out, "--data", other),
+            "tokenizer (bpe:300) differs from the model's (bytes)",
+        ),
+        (("quantize", float_run, "--out", out, "--data", str(tmp_path)), "holds no dataset.json"),
+        (("quantize", float_run, "--out", out, "--tokens", "-1"), "--tokens -1 must be at least 0"),
+        (("quantize", float_run, "--out", out, "--batch", "0"), "--batch 0 must be at least 1"),
+        (("quantize", float_run), "--out"),
+        (("export", int8, "--out", out), "is int8: export the float model it was made from"),
+        (("train", "--init-from", int8, "--out", out, *tiny), "give the float model they were made from"),
+        (("push", int8, "me/small", "--dry-run", out), "is int8: push the float model it was made from"),
+    ]
+    for argv, said in cases:
+        assert said in wrong(capsys, tmp_path, *argv), argv
+    file = Path(int8) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for argv in (("sample", int8), ("eval", int8, "--data", str(data))):
+        code, _, err = run(*argv, capsys=capsys)
+        assert (code, err.count("\n")) == (1, 1)
+        assert "model.safetensors is altered: its SHA-256 is not the one in checksums.json" in err
+>>>>>>> h6quant

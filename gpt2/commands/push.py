@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> Outcome:
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     from gpt2.checkpoint.directory import resolve_model
+    from gpt2.inference.quantize import is_quantized
     from gpt2.report.card import publishable
 
     try:
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> Outcome:
     directory = Path(resolve_model(args.model))
     if not directory.is_dir():
         raise RequestError(f"there is no directory {directory}: push takes a run, a checkpoint or a GPT-2 directory")
+    if is_quantized(directory):
+        raise RequestError(f"{directory} is int8: push the float model it was made from, as others can open it")
     files = publishable(directory, args.repo, args.license)
     listed = [{"path": name, **_identity(content)} for name, content in files.items()]
     size = sum(entry["bytes"] for entry in listed)

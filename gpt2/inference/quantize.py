@@ -245,30 +245,27 @@ def _round(matrix: Tensor, bias: Tensor | None, inputs: _Inputs, offset: Tensor 
     for start in range(0, len(matrix), ROWS):
         part = slice(start, start + ROWS)
         rows = matrix[part] - offset  # (n, in)
-        scale[part] = _search(rows, inputs.size)
-        whole, error = _grid(rows, scale[part])
+        largest = rows.abs().amax(1)
+        unit = torch.where(largest > 0, largest / LARGEST, 1.0).clamp_(min=torch.finfo(torch.float32).tiny)  # (n,)
+        rows /= unit[:, None]  # -127..127: nothing is too small or too large for what follows
+        factor = _search(rows, inputs.size)
+        whole = (rows / factor).round_().clamp_(-LARGEST, LARGEST)
+        scale[part] = unit * factor.squeeze(1)
+        shift[part] = unit * (torch.addcmul(rows, whole, factor, value=-1) @ inputs.constant)
         weight[part] = whole
-        shift[part] = error @ inputs.constant
     return Int8Matrix(weight, scale, None if bias is None else bias + shift)
 
 
 def _search(rows: Tensor, size: Tensor) -> Tensor:
-    """(n,) scales near max / 127 with the least squared error of (n, in) rows, for inputs of that size."""
-    largest = rows.abs().amax(1)
-    start = torch.where(largest > 0, largest / LARGEST, 1.0)
-    best, least = start, torch.full_like(start, torch.inf)
+    """(n, 1) scales near 1 with the least squared error of (n, in) rows, for inputs of that size."""
+    best = torch.ones(len(rows), 1)
+    least = torch.full_like(best, torch.inf)
     for factor in FACTORS:
-        tried = (start * factor).clamp(min=torch.finfo(torch.float32).tiny)
-        _, error = _grid(rows, tried)
-        errors = error.mul_(size).square_().sum(1)  # (n,)
-        best, least = torch.where(errors < least, tried, best), torch.minimum(errors, least)
+        whole = (rows / factor).round_().clamp_(-LARGEST, LARGEST)
+        errors = whole.mul_(-factor).add_(rows).mul_(size).square_().sum(1, keepdim=True)  # (n, 1)
+        best[errors < least] = factor
+        least = torch.minimum(errors, least)
     return best
-
-
-def _grid(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, in) rows as whole numbers for those scales, and what that leaves."""
-    whole = (rows / scale[:, None]).round_().clamp_(-LARGEST, LARGEST)
-    return whole, torch.addcmul(rows, whole, scale[:, None], value=-1)
 
 
 def is_quantized(directory: Path) -> bool:
