@@ -374,14 +374,14 @@ def test_directories_that_are_no_gpt2_are_one_line_and_exit_2(
             assert directory in err, (name, argv)
 
 
-<<<<<<< HEAD
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("verb", ["--version", "plan"])
 def test_output_to_a_full_disk_is_told_in_one_line(verb: str) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "gpt2", verb], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "gpt2: cannot write the output: No space left on device\n")
-=======
+
+
 def test_quantize_measures_and_its_directory_is_a_model(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path, text_directory: Path
 ) -> None:
@@ -447,4 +447,3 @@ def test_quantize_measures_and_its_directory_is_a_model(
         code, _, err = run(*argv, capsys=capsys)
         assert (code, err.count("\n")) == (1, 1)
         assert "model.safetensors is altered: its SHA-256 is not the one in checksums.json" in err
->>>>>>> h6quant
