@@ -1,0 +1,92 @@
+// A fixed team of threads that walks through one step together, from barrier to barrier.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace gpt2 {
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Looks often for some tens of microseconds, the length of a phase, then lets the system wake it.
+inline void wait_while(const std::atomic<uint32_t>& value, uint32_t old) {
+  for (int i = 0; i < 2000; i++) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    relax();
+  }
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+class Team {
+ public:
+  // The calling thread is member 0; `size - 1` threads are started and stay until the team ends.
+  explicit Team(int size) : size_(size) {
+    for (int member = 1; member < size; member++) threads_.emplace_back([this, member] { serve(member); });
+  }
+  ~Team() {
+    work_ = nullptr;
+    begin();
+    for (auto& thread : threads_) thread.join();
+  }
+  int size() const { return size_; }
+
+  // work(self, member) on every member; back when all are done. `counters` numbers of work to take from.
+  void run(void (*work)(void*, int), void* self, int counters) {
+    if (int(counters_.size()) < counters) counters_ = std::vector<Counter>(counters);
+    for (auto& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
+    work_ = work, self_ = self;
+    begin();
+    work(self, 0);
+    barrier();
+  }
+
+  void barrier() {
+    if (size_ == 1) return;
+    const uint32_t now = epoch_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      epoch_.store(now + 1, std::memory_order_release);
+      epoch_.notify_all();
+    } else {
+      wait_while(epoch_, now);
+    }
+  }
+
+  // The next `n` items of this phase that nobody has taken: their first number.
+  int take(int counter, int n) { return counters_[counter].next.fetch_add(n, std::memory_order_relaxed); }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int> next{0};
+  };
+
+  void begin() {
+    start_.fetch_add(1, std::memory_order_release);
+    start_.notify_all();
+  }
+  void serve(int member) {
+    for (uint32_t seen = 0;; seen++) {
+      wait_while(start_, seen);
+      if (!work_) return;
+      work_(self_, member);
+      barrier();
+    }
+  }
+
+  const int size_;
+  void (*work_)(void*, int) = nullptr;
+  void* self_ = nullptr;
+  std::vector<Counter> counters_;
+  alignas(64) std::atomic<uint32_t> start_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  std::vector<std::thread> threads_;  // last: the rest must stand before they start
+};
+
+}  // namespace gpt2
