@@ -62,7 +62,11 @@ gpu: ## what needs a CUDA GPU: its tests and measurements; JSON into OUT
 	mkdir -p "$(OUT)"; \
 	$$py -m gpt2 doctor; \
 	$$py -m gpt2 doctor --json | tail -n 1 > "$(OUT)/gpu_doctor.json"; \
-	$$py -m pytest -q -rs -m gpu $(ARGS)
+	code=0; $$py -m pytest -q -rs -m gpu $(ARGS) || code=$$?; \
+	if $$py -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    PY="$$py" OUT="$$(cd "$(OUT)" && pwd)" benchmarks/gpu.sh || code=$$?; \
+	else echo "no CUDA GPU here: nothing is measured"; fi; \
+	exit $$code
 
 interop: $(READY) ## heavy tests against other programs
 	$(PY) -m pytest -q -m interop $(ARGS)

@@ -3,37 +3,15 @@
 import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gpt2.doctor import cpu_name, memory
+from gpt2.bench.machine import machine
 
 RESULTS = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-PACKAGES = ("build-gpt2", "torch", "numpy", "tiktoken", "tokenizers", "transformers")
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory, and the versions that the figures depend on."""
-    total, _ = memory()
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_bytes": total,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def commit() -> str:

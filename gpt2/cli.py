@@ -6,6 +6,7 @@ The verbs' options and work are in commands/, a file each, imported only when on
 
 import difflib
 import importlib
+import io
 import json
 import os
 import sys
@@ -19,8 +20,14 @@ VERBS = {
     "demo": "prepare, train, evaluate and sample a small GPT-2 on the embedded corpus",
     "prepare": "text into token shards",
     "train": "train a GPT-2, or go on with a run",
-    "eval": "loss, perplexity and bits per byte of a model on prepared data",
+    "eval": "what a model is worth: loss on prepared data, HellaSwag, lm-evaluation-harness",
     "sample": "continue a prompt",
+    "export": "a model as a GGUF file for llama.cpp",
+    "push": "a model with its card to the Hugging Face hub",
+    "ladder": "what each optimisation of training gains on this machine",
+    "bench": "this project against others: train",
+    "plan": "memory, tokens a second, hours and dollars of a run before it is started",
+    "report": "one HTML page of a run's curves, or of several runs compared",
     "doctor": "what this machine has, what is missing and how to mend it",
 }
 # Codes 128 + n are for what a signal ended, as shells have it.
@@ -30,6 +37,9 @@ DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives its exit code (0 done, 1 failed, 2 wrong request, 128 + n stopped by signal n)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal's encoding may lack what a model says
+            stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -38,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, WRONG_REQUEST)
     except WorkError as error:
         return _complain(error, FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _complain(
+            WorkError("the memory does not suffice: take less at once (--batch, -n, train.micro_batch, eval.batch)"),
+            FAILED,
+        )
     except KeyboardInterrupt:
         print("gpt2: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -65,7 +82,8 @@ def _run(argv: list[str]) -> int:
     if outcome.as_json:
         print(json.dumps(outcome.result, ensure_ascii=False))
     sys.stdout.flush()
-    return outcome.code
+    code: int = outcome.code
+    return code
 
 
 def help_text() -> str:
@@ -95,8 +113,16 @@ def _warn(
     print(f"gpt2: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _is_out_of_memory(error: Exception) -> bool:
+    """numpy raises MemoryError; torch, which is not imported here, a RuntimeError, on a CPU of no kind of its own."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _complain(error: RequestError | WorkError, code: int) -> int:
     if os.environ.get("GPT2_DEBUG") == "1":
         raise error
-    print(f"gpt2: {error}", file=sys.stderr)
+    if not error.told:
+        rank = os.environ.get("RANK", "0")
+        print(f"gpt2: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr)
     return code

@@ -8,6 +8,7 @@ each section checks itself when it is made and raises RequestError with one line
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import tomllib
 import types
@@ -45,6 +46,10 @@ class GPTConfig:
     """Nice numbers: round the embedding's rows up to a multiple of this (50257 -> 50304); 1 for none."""
     attention: Literal["auto", "flash", "explicit"] = "auto"
     """flash: scaled_dot_product_attention; explicit: the softmax formula; auto: the faster on the device."""
+    fused_loss: bool = False
+    """Training: lm_head and cross-entropy a chunk of tokens at a time, so that the logits are never held whole."""
+    recompute: bool = False
+    """Activation checkpointing: the backward pass computes each block again instead of keeping its activations."""
 
     def __post_init__(self) -> None:
         _check_values(self, "model")
@@ -120,10 +125,13 @@ class TrainConfig:
     """Optimizer steps; 0: no limit by steps (then train.minutes must be set)."""
     minutes: float = 0.0
     """Minutes of training, evaluation and compile not counted; when set, the schedule runs by time. 0: by steps."""
+    patience: int = 0
+    """Early stop: validations in a row without a lower loss after which the run ends; 0: it goes its whole way."""
     batch_tokens: int = 524_288
     """Tokens in a step: windows x n_ctx. 524,288 = 512 windows of 1,024."""
-    micro_batch: int = 32
-    """Windows in one forward and backward pass; accumulation = batch_tokens / (n_ctx x micro_batch x processes)."""
+    micro_batch: int | Literal["auto"] = 32
+    """Windows in one forward and backward pass; accumulation = batch_tokens / (n_ctx x micro_batch x processes).
+    auto: on a GPU the largest that fits into its memory, found at the start."""
     seed: int = 1337
     """Seed of the initial weights, the data's order, dropout and samples."""
     device: str = "auto"
@@ -134,13 +142,21 @@ class TrainConfig:
     """float32 matmuls: high allows TF32 (10 bits of mantissa) on GPUs that have it."""
     compile: bool = True
     """torch.compile the network."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Several processes: ddp holds the whole model in each, fsdp a share of it (parameters, gradients, moments)."""
+    gradient_type: Literal["fp32", "bf16"] = "fp32"
+    """Number type in which processes add their gradients; bf16 halves what goes over the wire."""
+    collective_timeout: float = 600.0
+    """Seconds after which a process that does not answer the others is given up."""
 
     def __post_init__(self) -> None:
         _check_values(self, "train")
-        for name in ("steps", "minutes", "seed"):
+        for name in ("steps", "minutes", "patience", "seed"):
             _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
-        for name in ("batch_tokens", "micro_batch"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(self.batch_tokens >= 1, "train.batch_tokens", self.batch_tokens, "at least 1")
+        fits = self.micro_batch == "auto" if isinstance(self.micro_batch, str) else self.micro_batch >= 1
+        _require(fits, "train.micro_batch", self.micro_batch, "at least 1, or auto")
+        _require(self.collective_timeout > 0, "train.collective_timeout", self.collective_timeout, "above 0")
         _require(self.steps > 0 or self.minutes > 0, "train.steps", self.steps, "above 0, or train.minutes must be")
 
 
@@ -154,6 +170,12 @@ class EvalConfig:
     """Validation windows, taken from the start of the split; 0: the whole split."""
     batch: int = 16
     """Windows in one forward pass of evaluation."""
+    hellaswag_every: int = 0
+    """Steps between HellaSwag scores, which then come at the end too; 0: none."""
+    hellaswag_items: int = 0
+    """Items of HellaSwag, evenly spaced over the file; 0: all 10,042."""
+    hellaswag_file: str = ""
+    """HellaSwag's validation file; downloaded once and kept if not given."""
     sample_every: int = 0
     """Steps between samples of text; 0: none."""
     sample_prompt: str = "\n"
@@ -163,7 +185,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _check_values(self, "eval")
-        for name in ("every", "windows", "sample_every", "sample_tokens"):
+        for name in ("every", "windows", "hellaswag_every", "hellaswag_items", "sample_every", "sample_tokens"):
             _require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "at least 0")
         _require(self.batch >= 1, "eval.batch", self.batch, "at least 1")
 
@@ -173,16 +195,43 @@ class CheckpointConfig:
     """When checkpoints are written (one always is at the end) and which are kept."""
 
     every: int = 1000
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: none by steps."""
+    minutes: float = 0.0
+    """Minutes of training between checkpoints; 0: none by time."""
     keep_last: int = 2
     """How many of the newest stay."""
     keep_best: bool = True
     """The one with the lowest validation loss stays too."""
+    must_succeed: bool = False
+    """Stop where a checkpoint cannot be written (disk full); else training goes on until the next."""
 
     def __post_init__(self) -> None:
         _check_values(self, "checkpoint")
         _require(self.every >= 0, "checkpoint.every", self.every, "at least 0")
+        _require(self.minutes >= 0, "checkpoint.minutes", self.minutes, "at least 0")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "at least 1")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Bad steps: those whose loss or gradient is not finite, or whose loss is a spike. They make no update."""
+
+    spike_zscore: float = 0.0
+    """A loss this many standard deviations above the running mean is a spike; 0: spikes are not looked for."""
+    window: int = 100
+    """Steps that the running mean looks back; a spike can be told only after as many."""
+    skips: int = 8
+    """Bad steps in a row that are only skipped."""
+    then: Literal["stop", "rollback"] = "stop"
+    """After one more: stop, or go back to the weights of the last checkpoint and pass over the steps since."""
+    rollbacks: int = 3
+    """How often a run may go back."""
+
+    def __post_init__(self) -> None:
+        _check_values(self, "guard")
+        for name in ("spike_zscore", "skips", "rollbacks"):
+            _require(getattr(self, name) >= 0, f"guard.{name}", getattr(self, name), "at least 0")
+        _require(self.window >= 2, "guard.window", self.window, "at least 2")
 
 
 @dataclass(frozen=True)
@@ -208,9 +257,17 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if self.train.patience and not (self.eval.every or self.checkpoint.every):
+            raise RequestError("train.patience counts validations: set eval.every, the steps between them, above 0")
+        if not self.train.init_from:  # else the context is that of the weights, which are not read here
+            self.check_batch()
+
+    def check_batch(self) -> None:
+        """Raises RequestError with the nearest that will do where a step is not a whole number of windows."""
         batch, n_ctx = self.train.batch_tokens, self.model.n_ctx
         if batch % n_ctx != 0:
             raise RequestError(
@@ -222,29 +279,56 @@ class Config:
         """Windows of n_ctx tokens in one step, over all processes."""
         return self.train.batch_tokens // self.model.n_ctx
 
-    def accumulation(self, world_size: int = 1) -> int:
-        """Micro-steps of one process in a step. Raises RequestError where the windows do not divide."""
-        windows, at_once = self.batch_windows, self.train.micro_batch * world_size
-        if windows % at_once == 0:
-            return windows // at_once
-        fitting = [m for m in range(1, windows + 1) if windows % (m * world_size) == 0]
-        if not fitting:
-            tokens = _multiples(self.train.batch_tokens, self.model.n_ctx * world_size)
-            raise RequestError(
-                f"{windows} windows a step cannot be shared by {world_size} processes: use train.batch_tokens {tokens}"
-            )
-        nearest = sorted(sorted(fitting, key=lambda m: abs(m - self.train.micro_batch))[:2])
+    def windows_per_process(self, world_size: int = 1) -> int:
+        """Windows of a step that each process takes. Raises RequestError where they cannot be shared evenly."""
+        self.check_batch()
+        if self.batch_windows % world_size == 0:
+            return self.batch_windows // world_size
+        tokens = _multiples(self.train.batch_tokens, self.model.n_ctx * world_size)
         raise RequestError(
-            f"train.micro_batch = {self.train.micro_batch} x {world_size} process(es) does not divide the "
-            f"{windows} windows of a step: use {' or '.join(map(str, nearest))}"
+            f"{self.batch_windows} windows a step cannot be shared by {world_size} processes: "
+            f"use train.batch_tokens {tokens}"
         )
+
+    def check_micro_batch(self, world_size: int = 1) -> None:
+        """Raises RequestError with the nearest that divide where train.micro_batch does not.
+
+        One above all of a process's windows is no fault: they are taken at once.
+        """
+        windows, micro_batch = self.windows_per_process(world_size), self.train.micro_batch
+        if micro_batch == "auto" or micro_batch >= windows or windows % micro_batch == 0:
+            return
+        nearest = sorted(sorted(_divisors(windows), key=lambda m: abs(m - micro_batch))[:2])
+        raise RequestError(
+            f"train.micro_batch = {micro_batch} does not divide the {windows} windows that each of {world_size} "
+            f"process(es) takes in a step: use {' or '.join(map(str, nearest))}"
+        )
+
+    def micro_batches(self, world_size: int = 1) -> list[int]:
+        """All that divide a process's windows, the smallest first."""
+        return _divisors(self.windows_per_process(world_size))
+
+    def largest_micro_batch(self, at_most: int, world_size: int = 1) -> int:
+        """The largest that divides a process's windows and is at most `at_most`."""
+        return max(m for m in self.micro_batches(world_size) if m <= max(1, at_most))
 
 
 # Fields that change how fast or how often, never which numbers come out: a resumed run may change them.
 _FREE_ON_RESUME = frozenset(
-    {"model.attention", "train.data", "train.micro_batch", "train.device", "train.compile", "optim.fused"}
+    {
+        "model.attention",
+        "model.fused_loss",
+        "model.recompute",
+        "train.data",
+        "train.micro_batch",
+        "train.device",
+        "train.compile",
+        "train.parallel",
+        "train.collective_timeout",
+        "optim.fused",
+    }
 )
-_FREE_SECTIONS = frozenset({"eval", "checkpoint", "log"})
+_FREE_SECTIONS = frozenset({"eval", "checkpoint", "guard", "log"})
 
 
 def free_on_resume(name: str) -> bool:
@@ -306,7 +390,7 @@ def read_toml(path: Path, base: Config | None = None) -> Config:
 
 def read_run_config(run: Path) -> Config:
     """The resolved config of a run's directory. Raises RequestError where it is no run."""
-    if not (run / "config.toml").is_file():
+    if not os.path.isfile(run / "config.toml"):  # False, not an error, for a name too long or a closed folder
         raise RequestError(
             f"{run} is no run (it has no config.toml): start one with gpt2 train --data DATA --out {run}"
         )
@@ -318,6 +402,10 @@ def to_toml(config: Config) -> str:
     import tomli_w
 
     return tomli_w.dumps(to_dict(config))
+
+
+def _divisors(number: int) -> list[int]:
+    return [m for m in range(1, number + 1) if number % m == 0]
 
 
 def _multiples(number: int, of: int) -> str:
@@ -392,16 +480,19 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         "gpt2-774m": _preset(GPTConfig(n_layer=36, n_head=20, n_embd=1280), {"lr": 2.5e-4}, {"micro_batch": 8}),
         # 1,048,576 tokens = 1,024 windows of 1,024; 9,537 steps = 10.0 B tokens.
         "gpt2-1558m": _preset(
-            GPTConfig(n_layer=48, n_head=25, n_embd=1600),
+            GPTConfig(n_layer=48, n_head=25, n_embd=1600, recompute=True),
             {"lr": 2e-4, "warmup_steps": 358},
-            {"micro_batch": 4, "batch_tokens": 1_048_576, "steps": 9_537},
+            {"micro_batch": 4, "batch_tokens": 1_048_576, "steps": 9_537, "parallel": "fsdp"},
         ),
-        # From trained weights (--init-from) on one's own text: 32 windows of 1,024 a step, 200 steps = 6.6 M tokens.
+        # From trained weights (--init-from) on one's own text, which may be small: 8 windows of 1,024 a step, at most
+        # 400 steps = 3.3 M tokens. A text of 1 MB is about 250,000 tokens = 30 steps, so that it is gone through 13
+        # times at most; dropout and the early stop are against learning it by heart. Each validation is a checkpoint,
+        # so that the best weights are on the disk when three validations have brought nothing lower.
         "finetune": _preset(
-            GPTConfig(),
-            {"lr": 3e-5, "warmup_steps": 10, "schedule": "linear", "min_lr_ratio": 0.0},
-            {"batch_tokens": 32_768, "micro_batch": 4, "steps": 200},
-            {"eval": EvalConfig(every=20), "checkpoint": CheckpointConfig(every=50)},
+            GPTConfig(dropout=0.1),
+            {"lr": 3e-5, "warmup_steps": 10, "schedule": "linear", "min_lr_ratio": 0.0, "weight_decay": 0.01},
+            {"batch_tokens": 8_192, "micro_batch": 4, "steps": 400, "patience": 3},
+            {"eval": EvalConfig(every=20), "checkpoint": CheckpointConfig(every=20, keep_last=1)},
         ),
         # Seconds on a CPU: for tests and for a first look.
         "tiny": _preset(
@@ -412,7 +503,7 @@ PRESETS: Mapping[str, Config] = types.MappingProxyType(
         ),
         # Chosen for the lowest held-out bits per byte after three minutes on two CPU cores (docs/LOG.md).
         "demo": _preset(
-            GPTConfig(vocab_size=8192, n_ctx=64, n_layer=2, n_head=4, n_embd=128),
+            GPTConfig(vocab_size=8192, n_ctx=64, n_layer=2, n_head=4, n_embd=128, fused_loss=True),
             {
                 "optimizer": "muon",
                 "lr": 1.6e-2,

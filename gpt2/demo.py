@@ -1,6 +1,9 @@
 """The whole way in a few minutes: embedded corpus -> tokens -> training -> evaluation -> text."""
 
 import dataclasses
+import math
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +34,12 @@ def demo(out: Path, minutes: float, say: Callable[[str], None]) -> dict[str, Any
     What an earlier, interrupted call has done is used. Raises RequestError where OUT holds something else.
     """
     config = preset("demo")
-    if minutes <= 0:
-        raise RequestError(f"--minutes {minutes:g} must be above 0")
+    if not 0 < minutes < math.inf:
+        raise RequestError(f"--minutes {minutes:g} must be above 0 and finite")
     tokenizer = f"bpe:{config.model.vocab_size}"
     say(f"1. {CORPUS} -> {out / 'data'}")
     data = out / "data"
-    if not (data / "dataset.json").is_file():
+    if not os.path.isfile(data / "dataset.json"):
         prepare(CORPUS, data, tokenizer)
     dataset = Dataset.open(data)
     if dataset.tokenizer.name != tokenizer:
@@ -50,6 +53,8 @@ def demo(out: Path, minutes: float, say: Callable[[str], None]) -> dict[str, Any
     say(f"2. training for {minutes:g} minutes -> {out / 'run'}")
     train_config = dataclasses.replace(config.train, data=str(data), minutes=minutes)
     run = start_run(dataclasses.replace(config, train=train_config), out / "run")
+    for note in run.notes:
+        warnings.warn(note, stacklevel=1)
     result = train(run)
     say(
         f"   {result['steps']:,} steps in {result['train_seconds']:.0f} s of training "

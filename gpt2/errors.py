@@ -8,6 +8,9 @@ Whoever finds the fault raises one of these with one line that names the thing a
 class _OneLine(Exception):
     """White space of the message is folded: it may quote what a user or a file said."""
 
+    told = False
+    """Whether another process of the group prints it."""
+
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 

@@ -20,6 +20,17 @@ from gpt2.config import GPTConfig
 from gpt2.errors import RequestError
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# What is fetched of a hub id: no pickle, no code, no other format of the same weights.
+HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 # What GPT-2 is, in Hugging Face's words: another value makes another network.
 _FIXED: dict[str, Any] = {
     "activation_function": "gelu_new",
@@ -52,8 +63,15 @@ def from_hf(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tenso
     Raises RequestError for a tensor that is missing, unknown or of another shape or kind, and where a stored
     lm_head is not the wte that the config says it is tied to.
     """
-    given = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    given = {name: t for name, t in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    given: dict[str, Tensor] = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix("transformer.")
+        if name in given:
+            raise RequestError(f"the tensor {name} is there twice, with and without the prefix transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            given[name] = tensor
+    if config.tie_embeddings and "wte.weight" not in given and "lm_head.weight" in given:
+        given["wte.weight"] = given["lm_head.weight"]  # of a shared pair some writers keep the other name
     result = {}
     for name, shape in _shapes(config):
         if name not in given:
@@ -139,23 +157,39 @@ def config_from_hf(values: Mapping[str, Any]) -> GPTConfig:
         raise RequestError("not a GPT-2 config.json: no JSON object")
     if values.get("model_type") != "gpt2":
         raise RequestError(f"model_type is {values.get('model_type')!r}: only GPT-2 models can be read")
-    try:
-        n_embd = int(values["n_embd"])
-        for name, wanted in _FIXED.items():
-            value = values.get(name, wanted)
-            if value != wanted and not (name == "n_inner" and value == 4 * n_embd):
-                raise RequestError(f"{name} is {value!r} where GPT-2 has {wanted!r}: only GPT-2 models can be read")
-        return GPTConfig(
-            vocab_size=int(values["vocab_size"]),
-            n_ctx=int(values.get("n_positions", values.get("n_ctx", 1024))),
-            n_layer=int(values["n_layer"]),
-            n_head=int(values["n_head"]),
-            n_embd=n_embd,
-            layer_norm_epsilon=float(values.get("layer_norm_epsilon", 1e-5)),
-            tie_embeddings=bool(values.get("tie_word_embeddings", True)),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"not a GPT-2 config.json: {type(error).__name__} {error}") from error
+    n_embd = _whole(values, "n_embd")
+    for name, wanted in _FIXED.items():
+        value = values.get(name, wanted)
+        if (type(value), value) != (type(wanted), wanted) and not (name == "n_inner" and _same(value, 4 * n_embd)):
+            raise RequestError(f"{name} is {value!r} where GPT-2 has {wanted!r}: only GPT-2 models can be read")
+    tied = values.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise RequestError(f"not a GPT-2 config.json: tie_word_embeddings is {tied!r}, neither true nor false")
+    epsilon = values.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float):
+        raise RequestError(f"not a GPT-2 config.json: layer_norm_epsilon is {epsilon!r}, not a number")
+    return GPTConfig(
+        vocab_size=_whole(values, "vocab_size"),
+        n_ctx=_whole(values, "n_positions" if "n_positions" in values else "n_ctx", 1024),
+        n_layer=_whole(values, "n_layer"),
+        n_head=_whole(values, "n_head"),
+        n_embd=n_embd,
+        layer_norm_epsilon=epsilon,
+        tie_embeddings=tied,
+    )
+
+
+def _whole(values: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number as such: 2.5, "2" and true would be read as another network than the file's writer meant."""
+    value = values.get(name, default)
+    if type(value) is not int:
+        said = f"{name} is {value!r}, not a whole number" if name in values else f"{name} is missing"
+        raise RequestError(f"not a GPT-2 config.json: {said}")
+    return value
+
+
+def _same(value: object, number: int) -> bool:
+    return type(value) is int and value == number
 
 
 def read_pretrained(path_or_id: str | Path) -> tuple[GPTConfig, dict[str, Tensor]]:
@@ -195,7 +229,7 @@ def local_directory(path_or_id: str | Path) -> Path:
     """The directory itself, or a hub id's files after a download. Raises RequestError."""
     path = Path(path_or_id)
     if os.path.isdir(path):  # where Path.is_dir raises (a name too long, a folder closed to us), this is False
-        if not (path / "config.json").is_file():
+        if not os.path.isfile(path / "config.json"):
             raise RequestError(
                 f"{path} holds no config.json: name a run, a checkpoint or a Hugging Face GPT-2 directory"
             )
@@ -205,7 +239,7 @@ def local_directory(path_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the hub's own errors, httpx's and a missing network are all the same to the user
         raise RequestError(
             f"{path_or_id} is neither a directory here nor a model that could be downloaded ({type(error).__name__}): "
@@ -227,9 +261,11 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / name for name in names]
     single = directory / "model.safetensors"
     if not single.is_file():
-        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+        pickled = any(any(directory.glob(f"*.{ending}")) for ending in ("bin", "pt", "pth", "ckpt", "pkl"))
         mend = (
-            "it holds pickle only, which is never opened; convert it to safetensors" if pickled else "nothing to read"
+            "it holds pickle only, which is never opened; convert it to safetensors"
+            if pickled
+            else "only weights in safetensors are read"
         )
         raise RequestError(f"model.safetensors is missing: {mend}")
     return [single]

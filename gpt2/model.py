@@ -11,15 +11,17 @@ A batch's way through it, and the letters of the shape comments:
 
 import math
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gpt2 import hf
 from gpt2.config import GPTConfig
+from gpt2.fused_loss import fused_cross_entropy
 
 
 class KeyValueCache(Protocol):
@@ -30,6 +32,15 @@ class KeyValueCache(Protocol):
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Appends (B, nh, T, hs) keys and values; gives all (B, nh, length + T, hs) of the layer."""
+
+
+class Packing(NamedTuple):
+    """Several texts in one row, without a cache. Positions stay below n_ctx, a row may be longer."""
+
+    positions: Tensor
+    """(B, T) int64: each token's place in its own text."""
+    mask: Tensor
+    """(B, 1, T, T) of bool: whether query t sees key s. Every query sees at least one."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -45,7 +56,7 @@ class CausalSelfAttention(nn.Module):
         self.attention = config.attention
         self.layer = layer
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
@@ -54,7 +65,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs) with S = cache.length + T
         attend = explicit_attention if self._is_explicit(q) else flash_attention
-        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))  # type: ignore[no-any-return]
 
@@ -64,26 +75,30 @@ class CausalSelfAttention(nn.Module):
         return self.attention == "explicit" or (self.attention == "auto" and slow_flash)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √hs) v with the future masked (Vaswani et al. 2017, eq. 1), each matrix written out.
 
     q: (B, nh, T, hs); k, v: (B, nh, S, hs) with S >= T: the T queries are the last of the S positions.
+    mask: of bool, to be spread over (B, nh, T, S): the keys that a query may see, in place of the causal ones.
     Returns (B, nh, T, hs). Holds the (B, nh, T, S) weights, which flash attention never does.
     """
     att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(q.size(-1)))  # (B, nh, T, S)
-    att = att.masked_fill(~causal_mask(q.size(-2), k.size(-2), q.device), float("-inf"))
+    if mask is None:
+        mask = causal_mask(q.size(-2), k.size(-2), q.device)
+    att = att.masked_fill(~mask, float("-inf"))
     att = F.softmax(att, dim=-1)
     att = F.dropout(att, dropout, training=dropout > 0)
     return att @ v  # (B, nh, T, S) @ (B, nh, S, hs) -> (B, nh, T, hs)
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """The same by torch's fused kernels (FlashAttention, Dao et al. 2022), in O(T) memory."""
     T, S = q.size(-2), k.size(-2)
-    if T == S:
+    if T == S and mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # is_causal aligns the mask at the top left, which is wrong for queries that come after cached keys.
-    mask = None if T == 1 else causal_mask(T, S, q.device)
+    if mask is None and T > 1:
+        mask = causal_mask(T, S, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -116,8 +131,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         x = x + self.mlp(self.ln_2(x))
         return x  # (B, T, C)
 
@@ -140,29 +155,49 @@ class GPT(nn.Module):
         self.initialize()
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """One pass over (B, T) int64 token ids.
 
         targets: (B, T) int64, the next token of each position; -100 is ignored.
         cache: holds what came before idx and takes in idx's keys and values; its length is the caller's to advance.
-        Returns the logits (B, T, vocab_size), without the padding, and the mean cross-entropy in nats
-        (None without targets). Raises ValueError where idx reaches beyond the context.
+        packing: where several texts share a row: each token's position and the tokens that it sees.
+        at: (n,) int64, indices into the B·T positions: the head is computed for these alone, targets are (n,).
+        Returns the logits (B, T, vocab_size), with `at` (n, vocab_size), without the padding, and the mean
+        cross-entropy in nats (None without targets). Training with targets and model.fused_loss gives None for the
+        logits. Raises ValueError where idx reaches beyond the context.
         """
         T = idx.size(1)
         past = 0 if cache is None else cache.length
-        if past + T > self.config.n_ctx:
+        if packing is not None:
+            positions, mask = packing  # (B, T), (B, 1, T, T)
+        elif past + T > self.config.n_ctx:
             raise ValueError(f"{past + T} tokens do not fit into the context of {self.config.n_ctx}")
-        positions = torch.arange(past, past + T, device=idx.device)  # (T,)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) -> (B, T, C)
+        else:
+            positions, mask = torch.arange(past, past + T, device=idx.device), None  # (T,)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C) + (T, C) or (B, T, C) -> (B, T, C)
         for block in self.h:
-            x = block(x, cache)
-        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+            if self.config.recompute and self.training:
+                x = checkpoint(block, x, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cache, mask)
+        x = self.ln_f(x)
+        if at is not None:
+            x = x.flatten(0, 1)[at]  # (B, T, C) -> (n, C)
+        if targets is not None and self.config.fused_loss and self.training:
+            weight = self.lm_head.weight  # (V, C)
+            return None, fused_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), self.config.vocab_size)
+        logits = self.lm_head(x)  # (B, T, V)
         # The padded columns take no part in softmax: their probability and their gradient are exactly 0.
         logits = logits[..., : self.config.vocab_size]  # (B, T, vocab_size)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return logits, F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=-100)
 
     @torch.no_grad()
     def initialize(self) -> None:

@@ -115,10 +115,8 @@ class Tokenizer:
 
     def save(self, directory: Path, max_length: int | None = None) -> None:
         """Writes tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers opens."""
-        stand_in = bytes_to_unicode()
-        spelled = {"".join(stand_in[b] for b in token): i for token, i in self.ranks.items()}
-        vocabulary = dict(sorted(spelled.items(), key=lambda item: item[1])) | {END_OF_TEXT: self.eot}
-        merges = [["".join(stand_in[b] for b in part) for part in pair] for pair in self._merges]
+        vocabulary = {token: i for i, token in enumerate(self.spelled)}
+        merges = self.spelled_merges
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         special = {"id": self.eot, "content": END_OF_TEXT, "special": True}
         special |= {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -161,6 +159,18 @@ class Tokenizer:
         write_json(directory / "vocab.json", vocabulary)
         text = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
         (directory / "merges.txt").write_text(text, encoding="utf-8")
+
+    @property
+    def spelled(self) -> list[str]:
+        """Each id's token as Hugging Face and llama.cpp spell it: a printable letter a byte; end-of-text last."""
+        stand_in = bytes_to_unicode()
+        return ["".join(stand_in[b] for b in token) for token in self.token_bytes[:-1]] + [END_OF_TEXT]
+
+    @property
+    def spelled_merges(self) -> list[list[str]]:
+        """The pairs that are merged, in order, in the same spelling."""
+        stand_in = bytes_to_unicode()
+        return [["".join(stand_in[b] for b in part) for part in pair] for pair in self._merges]
 
     @cached_property
     def _merges(self) -> list[tuple[bytes, bytes]]:

@@ -114,7 +114,8 @@ def test_base_is_changed_only_where_asked() -> None:
 def test_presets_round_trip_and_divide(name: str) -> None:
     config = preset(name)
     assert from_toml(to_toml(config)) == config
-    assert config.accumulation() * config.train.micro_batch * config.model.n_ctx == config.train.batch_tokens
+    config.check_micro_batch()
+    assert config.batch_windows * config.model.n_ctx == config.train.batch_tokens
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_presets_round_trip_and_divide(name: str) -> None:
         ("[model]\nn_embed = 3", "there is no field model.n_embed: did you mean model.n_embd?"),
         ("[optim]\nlearning_rate = 3", "there is no field optim.learning_rate: "),
         ("[train]\nmicrobatch = 3", "did you mean train.micro_batch?"),
-        ("[zzz]\n", "there is no section [zzz]: known are model, optim, train, eval, checkpoint, log"),
+        ("[zzz]\n", "there is no section [zzz]: known are model, optim, train, eval, checkpoint, guard, log"),
         ("[log]\nzzz = 1", "there is no field log.zzz: known are every, sink"),
         ("model = [1]", "[model] must be a table of fields, not [1]"),
         ("[model]\nn_layre = 3", "did you mean model.n_layer?"),
@@ -192,12 +193,14 @@ def test_whole_numbers_will_do_for_floats() -> None:
         (TrainConfig, {"seed": -1}, "train.seed = -1 must be at least 0"),
         (TrainConfig, {"seed": 2**63}, "train.seed = 9223372036854775808 must be a whole number of 64 bits"),
         (TrainConfig, {"batch_tokens": 0}, "train.batch_tokens = 0 must be at least 1"),
-        (TrainConfig, {"micro_batch": 0}, "train.micro_batch = 0 must be at least 1"),
+        (TrainConfig, {"micro_batch": 0}, "train.micro_batch = 0 must be at least 1, or auto"),
         (TrainConfig, {"steps": 0}, "train.steps = 0 must be above 0, or train.minutes must be"),
         (TrainConfig, {"precision": "fp16"}, "train.precision = 'fp16' must be one of auto, fp32, bf16"),
         (TrainConfig, {"matmul_precision": "low"}, "train.matmul_precision = 'low' must be one of highest, high"),
         (EvalConfig, {"every": -1}, "eval.every = -1 must be at least 0"),
         (EvalConfig, {"windows": -1}, "eval.windows = -1 must be at least 0"),
+        (EvalConfig, {"hellaswag_every": -1}, "eval.hellaswag_every = -1 must be at least 0"),
+        (EvalConfig, {"hellaswag_items": -1}, "eval.hellaswag_items = -1 must be at least 0"),
         (EvalConfig, {"sample_every": -1}, "eval.sample_every = -1 must be at least 0"),
         (EvalConfig, {"sample_tokens": -1}, "eval.sample_tokens = -1 must be at least 0"),
         (EvalConfig, {"batch": 0}, "eval.batch = 0 must be at least 1"),
@@ -238,11 +241,11 @@ def test_unknown_presets_name_the_closest() -> None:
 def test_accumulation_names_the_nearest_micro_batches() -> None:
     config = from_dict({"model": {"n_ctx": 8}, "train": {"batch_tokens": 96, "micro_batch": 5}})
     with pytest.raises(RequestError, match="use 4 or 6"):
-        config.accumulation()
+        config.check_micro_batch()
     with pytest.raises(RequestError, match=r"cannot be shared by 5 processes: use train\.batch_tokens 80 or 120"):
-        config.accumulation(5)
+        config.check_micro_batch(5)
     with pytest.raises(RequestError, match=r"use train\.batch_tokens 800"):
-        config.accumulation(100)
+        config.check_micro_batch(100)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -252,12 +255,12 @@ def test_accumulation_is_exact_or_what_is_proposed_will_do(windows: int, micro_b
         return from_dict({"model": {"n_ctx": 8}, "train": {"batch_tokens": tokens, "micro_batch": micro}})
 
     try:
-        steps = config(8 * windows, micro_batch).accumulation(world_size)
+        config(8 * windows, micro_batch).check_micro_batch(world_size)
     except RequestError as error:
         proposed = [int(number) for number in re.findall(r"\d+", str(error).rpartition(": use")[2])]
         if "micro_batch" in str(error):
             for micro in proposed:
-                config(8 * windows, micro).accumulation(world_size)
+                config(8 * windows, micro).check_micro_batch(world_size)
             # No fitting number lies nearer than the nearest proposed.
             nearest = min(abs(micro - micro_batch) for micro in proposed)
             for micro in range(max(1, micro_batch - nearest + 1), micro_batch + nearest):
@@ -266,7 +269,9 @@ def test_accumulation_is_exact_or_what_is_proposed_will_do(windows: int, micro_b
             assert all(tokens % (8 * world_size) == 0 for tokens in proposed)
             assert min(abs(tokens - 8 * windows) for tokens in proposed) < 8 * world_size
     else:
-        assert steps * micro_batch * world_size == windows
+        taken = min(micro_batch, windows // world_size)
+        assert windows % (taken * world_size) == 0
+        assert config(8 * windows, micro_batch).largest_micro_batch(micro_batch, world_size) == taken
 
 
 def test_files_that_are_not_there_or_not_utf8(tmp_path: Path) -> None:

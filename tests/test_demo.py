@@ -26,6 +26,13 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, text_directory: Path) -> None:
     monkeypatch.setattr(demo_module, "CORPUS", str(text_directory))
 
 
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
+def test_minutes_that_are_none_are_refused_before_anything_is_written(tmp_path: Path, minutes: float) -> None:
+    with pytest.raises(RequestError, match=r"--minutes .* must be above 0 and finite"):
+        demo_module.demo(tmp_path / "demo", minutes, print)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("small_demo")
 def test_from_text_to_picture_and_samples(tmp_path: Path) -> None:
     said: list[str] = []

@@ -34,11 +34,27 @@ def test_one_process_is_the_main_one(monkeypatch: pytest.MonkeyPatch, world_size
     assert not dataclasses.replace(alone, rank=1).is_main
 
 
-@pytest.mark.parametrize("world_size", ["2", "8", "many", ""])
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, world_size: str) -> None:
+@pytest.mark.parametrize("world_size", ["many", "", "2.5"])
+def test_an_environment_that_makes_no_sense_is_one_line(monkeypatch: pytest.MonkeyPatch, world_size: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(RequestError, match="one process: start `gpt2 train` without torchrun"):
+    with pytest.raises(RequestError, match="must be whole numbers: start with torchrun"):
         Distributed.from_environment("cpu")
+
+
+def test_several_processes_need_to_know_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RequestError, match="nothing says where the others are: use torchrun"):
+        Distributed.from_environment("cpu")
+
+
+def test_alone_every_collective_is_the_identity() -> None:
+    alone = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
+    assert alone.sum([1.5, 2]) == alone.max([1.5, 2]) == [1.5, 2.0]
+    tensor = torch.randn(3)
+    assert torch.equal(alone.mean(tensor), tensor)
+    assert alone.on_main(lambda: {"a": [1]}) == {"a": [1]}
+    assert dict(alone.tensors_from_main({"a": tensor})) == {"a": tensor}
 
 
 @pytest.mark.usefixtures("cpu_only")

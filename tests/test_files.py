@@ -13,7 +13,7 @@ import pytest
 
 from gpt2 import files
 from gpt2.errors import RequestError, WorkError
-from gpt2.files import TEMPORARY_PREFIX, new_directory, sha256_file, write_json
+from gpt2.files import TEMPORARY_PREFIX, new_directory, new_file, sha256_file, write_json
 
 
 def everything(directory: Path) -> list[str]:
@@ -171,3 +171,44 @@ def test_json(tmp_path):
         with pytest.raises(ValueError, match="not JSON compliant"):
             write_json(tmp_path / "bad.json", number)
     assert not (tmp_path / "bad.json").exists()
+
+
+def test_a_file_appears_whole_with_the_rights_of_any_other(tmp_path):
+    (tmp_path / "ordinary").touch()
+    target = tmp_path / "a" / "b.bin"
+    with new_file(target) as temporary:
+        assert temporary.parent == target.parent
+        assert temporary.name.startswith(TEMPORARY_PREFIX)
+        temporary.write_bytes(b"1")
+        assert not target.exists()
+    assert everything(tmp_path) == ["a", "a/b.bin", "ordinary"]
+    assert target.read_bytes() == b"1"
+    assert target.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RequestError("x"), KeyboardInterrupt()])
+def test_an_exception_leaves_no_file(tmp_path, error):
+    def write() -> None:
+        with new_file(tmp_path / "a" / "b.bin") as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert everything(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_file_and_is_a_failure(tmp_path):
+    with pytest.raises(WorkError, match="No space left"), new_file(tmp_path / "b.bin"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert everything(tmp_path) == []
+
+
+def test_a_file_never_takes_the_place_of_another(tmp_path):
+    (tmp_path / "there").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("there", "link", "there/below"):
+        with pytest.raises(RequestError), new_file(tmp_path / name):
+            pass
+    assert everything(tmp_path) == ["link", "there"]
+    assert (tmp_path / "there").read_text() == "mine"

@@ -1,8 +1,10 @@
 """Hugging Face <-> ours: exact both ways, and everything that is not GPT-2 refused by name."""
 
 import json
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -234,6 +236,24 @@ def test_wrong_tensors_are_named(tmp_path: Path, change: Callable[[dict[str, Ten
         ("n_head", 3),
         ("n_embd", 0),
         ("layer_norm_epsilon", -1.0),
+        ("n_layer", 2.5),
+        ("n_layer", 2.0),
+        ("n_layer", "2"),
+        ("n_layer", True),
+        ("n_head", None),
+        ("n_embd", "16"),
+        ("n_positions", 16.0),
+        ("vocab_size", [300]),
+        ("layer_norm_epsilon", "1e-5"),
+        ("layer_norm_epsilon", True),
+        ("tie_word_embeddings", "false"),
+        ("tie_word_embeddings", 1),
+        ("scale_attn_weights", "true"),
+        ("scale_attn_weights", 1),
+        ("reorder_and_upcast_attn", "no"),
+        ("reorder_and_upcast_attn", None),
+        ("n_inner", 64.0),
+        ("n_inner", True),
     ],
 )
 def test_other_architectures_are_named(tmp_path: Path, field: str, value: object) -> None:
@@ -280,11 +300,84 @@ def test_an_n_inner_that_says_what_gpt2_is_is_taken(tmp_path: Path) -> None:
     GPT.from_pretrained(write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG), n_inner=64))
 
 
-def test_pickle_is_never_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "model.pth", "lightning.ckpt", "model.pkl"])
+def test_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(RequestError, match="pickle only, which is never opened"):
-        GPT.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    (directory / name).write_bytes(pickle.dumps(Trap()))
+    refused(directory, str(directory), "pickle only, which is never opened")
+    assert not Trap.sprung
+
+
+class Trap:
+    """Notes when it is unpickled."""
+
+    sprung = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return setattr, (Trap, "sprung", True)
+
+
+def test_other_formats_alone_are_one_line(tmp_path: Path) -> None:
+    directory = write(tmp_path / "m", hf.to_hf(model_of().state_dict(), CONFIG))
+    (directory / "model.safetensors").rename(directory / "tf_model.h5")
+    refused(directory, str(directory), "model.safetensors is missing: only weights in safetensors are read")
+
+
+def test_of_a_tied_pair_either_name_will_do(tmp_path: Path) -> None:
+    tensors = hf.to_hf(model_of().state_dict(), CONFIG)
+    tensors["lm_head.weight"] = tensors.pop("transformer.wte.weight")
+    read = GPT.from_pretrained(write(tmp_path / "m", tensors))
+    assert torch.equal(read.wte.weight, model_of().wte.weight)
+    assert read.lm_head.weight is read.wte.weight
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.5])
+def test_a_stored_head_must_be_the_embedding(tmp_path: Path, value: float) -> None:
+    """In a single number, and at another precision."""
+    tensors = hf.to_hf(model_of().state_dict(), CONFIG)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    tensors["lm_head.weight"][299, 15] = value
+    refused(write(tmp_path / "m", tensors), "lm_head.weight differs from wte.weight")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].half()
+    refused(write(tmp_path / "m", tensors), "lm_head.weight differs from wte.weight")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"][:299].clone()
+    refused(write(tmp_path / "m", tensors), "lm_head.weight differs from wte.weight")
+
+
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    tensors = hf.to_hf(model_of().state_dict(), CONFIG)
+    tensors["ln_f.bias"] = tensors["transformer.ln_f.bias"] + 1
+    refused(write(tmp_path / "m", tensors), "the tensor ln_f.bias is there twice")
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("head", ["none", "tied", "untied"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_all_ways_of_storing_a_gpt2_are_read_alike(tmp_path: Path, prefix: str, head: str, shards: int) -> None:
+    config = replace(CONFIG, tie_embeddings=head != "untied")
+    model = model_of(config)
+    tensors = {
+        name if name == "lm_head.weight" else prefix + name.removeprefix("transformer."): tensor
+        for name, tensor in hf.to_hf(model.state_dict(), config).items()
+    }
+    tensors |= {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+    tensors |= {f"{prefix}h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    if head == "tied":
+        tensors["lm_head.weight"] = tensors[f"{prefix}wte.weight"].clone()
+    directory = write(tmp_path / "m", tensors, tie_word_embeddings=config.tie_embeddings)
+    if shards > 1:
+        (directory / "model.safetensors").unlink()
+        names = sorted(tensors)
+        files = {f"model-{i + 1:05d}-of-{shards:05d}.safetensors": names[i::shards] for i in range(shards)}
+        for file, part in files.items():
+            save_file({name: tensors[name] for name in part}, directory / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    read = GPT.from_pretrained(directory)
+    assert read.config == config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 5000])
@@ -410,7 +503,23 @@ def test_a_hub_id_is_fetched_without_pickle(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     assert GPT.from_pretrained("someone/small").config == CONFIG
-    assert asked == {"someone/small": ["*.json", "*.safetensors", "merges.txt"]}
+    (patterns,) = asked.values()
+
+    def fetched(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    there = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]
+    there += ["model.safetensors.index.json", "model-00002-of-00004.safetensors", "tokenizer_config.json"]
+    assert all(fetched(name) for name in there)
+    left = [
+        "pytorch_model.bin",
+        "training/state.safetensors",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "tf_model.h5",
+    ]
+    left += ["modeling.py", "rust_model.ot", "flax_model.msgpack", "model.onnx", "README.md", "metrics.json"]
+    assert not any(fetched(name) for name in left)
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2 import hf
 from gpt2.config import GPTConfig, preset
 from gpt2.inference.kv_cache import KVCache
-from gpt2.model import GPT, causal_mask, explicit_attention, flash_attention, flops_per_token
+from gpt2.model import GPT, Packing, causal_mask, explicit_attention, flash_attention, flops_per_token
 
 SMALL = GPTConfig(vocab_size=300, n_ctx=16, n_layer=3, n_head=4, n_embd=32)
 
@@ -347,6 +347,24 @@ def test_a_cache_changes_no_logits(attention: str) -> None:
         parts.append(model(idx[:, start:stop], cache=cache)[0])
         cache.advance(stop - start)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["explicit", "flash"])
+def test_packed_texts_give_their_own_logits(attention: str) -> None:
+    """Two texts in a row longer than the context; the head at chosen places only."""
+    model = perturbed(replace(SMALL, attention=attention)).eval()
+    idx, _ = batch(SMALL, 2, 16)
+    own = torch.arange(20) < 12  # the first text's 12 tokens, then the second's 8
+    mask = causal_mask(20, 20, idx.device) & (own[:, None] == own[None, :])
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    row = torch.cat([idx[0, :12], idx[1, :8]])[None]
+    packing = Packing(positions, mask[None, None])
+    expected = torch.cat([model(idx[:1, :12])[0], model(idx[1:, :8])[0]], dim=1)  # (1, 20, vocab_size)
+    torch.testing.assert_close(model(row, packing=packing)[0], expected, rtol=0, atol=1e-5)
+    at = torch.tensor([19, 3, 3])
+    logits, loss = model(row, torch.tensor([1, 2, -100]), packing=packing, at=at)
+    torch.testing.assert_close(logits, expected[0, at], rtol=0, atol=1e-5)
+    assert loss.item() == pytest.approx(F.cross_entropy(expected[0, at[:2]], torch.tensor([1, 2])).item(), abs=1e-5)
 
 
 def test_a_cache_that_is_full_is_refused() -> None:

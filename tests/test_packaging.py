@@ -50,7 +50,10 @@ def test_every_constraint_is_one_exact_public_version():
         assert pinned_version(requirement).local is None, f"{name}: a local version fits no other build"
 
 
-@pytest.mark.parametrize("requirement", [*NEEDED, *EXTRAS["hub"], *EXTRAS["dev"]], ids=str)
+SET_UP = [*NEEDED, *EXTRAS["hub"], *EXTRAS["gguf"], *EXTRAS["interop"], *EXTRAS["dev"]]
+
+
+@pytest.mark.parametrize("requirement", SET_UP, ids=str)
 def test_what_is_installed_by_setup_is_pinned_within_its_range(requirement):
     if canonicalize_name(requirement.name) == "build-gpt2":
         assert requirement.extras <= EXTRAS.keys()

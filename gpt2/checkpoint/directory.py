@@ -10,25 +10,29 @@ It is written under a temporary name, flushed, and renamed: under its own name i
 later, which the checksums show.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt2 import hf
 from gpt2.config import GPTConfig
-from gpt2.errors import WorkError
-from gpt2.files import TEMPORARY_PREFIX, new_directory, sha256_file, write_json
+from gpt2.errors import RequestError, WorkError
+from gpt2.files import TEMPORARY_PREFIX, json_text, new_directory, sha256_file, write_json
 from gpt2.tokenizer import Tokenizer
 
 CHECKSUMS = "checksums.json"
+STATE = "training/state.json"
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,22 @@ class TrainingState:
     """The step with the lowest validation loss so far, this one included."""
     best_val_loss: float | None = None
     """That loss."""
+    lowest_val_loss: float | None = None
+    """The lowest of all validations, also of those that were not saved."""
+    stale_validations: int = 0
+    """Validations since that one."""
     skipped_steps: tuple[int, ...] = ()
     """Steps that made no update."""
+    bad_in_row: int = 0
+    """How many of the last steps were skipped, one after the other."""
+    rolled_back_to: tuple[int, ...] = ()
+    """Checkpoints that the run has gone back to."""
+    loss_mean: float = 0.0
+    """Running mean of the training loss, for telling spikes."""
+    loss_variance: float = 0.0
+    """Its running variance."""
+    loss_count: int = 0
+    """How many losses are in them."""
     finished: bool = False
     """Whether the run has reached its end."""
 
@@ -65,34 +83,75 @@ def write_checkpoint(
     then no checkpoint of that step exists and the older ones are untouched.
     """
     path = run / "checkpoints" / f"step_{state.step:06d}"
-    if path.exists():  # of a run that was sent back, or damaged: the new one takes its place
-        remove_checkpoint(path)
-    with new_directory(path) as directory:
-        write_json(directory / "config.json", hf.config_to_hf(config, tokenizer.eot))
-        write_json(
-            directory / "generation_config.json",
-            {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
-        )
-        save_file(hf.to_hf(weights, config), directory / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(directory, max_length=config.n_ctx)
-        (directory / "training").mkdir()
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
-        save_file(tensors, directory / "training" / "state.safetensors")
-        write_json(directory / "training" / "state.json", state.__dict__)
-        files = sorted(file for file in directory.rglob("*") if file.is_file())
-        sums = {
-            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-            for file in files
-        }
-        write_json(directory / CHECKSUMS, sums)
+    if not run.is_dir():
+        raise WorkError(f"{run} is gone: no checkpoint can be written")
+    try:
+        if path.exists():
+            try:
+                verify_checkpoint(path)
+                return path  # a run that was stopped before its next step: nothing new
+            except WorkError:
+                remove_checkpoint(path)
+        with new_directory(path) as directory:
+            _write_files(directory, config, weights, tokenizer, training, state)
+    except RequestError as error:  # what was right when the run began has changed
+        raise WorkError(str(error)) from error
+    except OSError as error:
+        raise WorkError(
+            f"cannot write {path}: {error.strerror}; free space, older checkpoints are untouched"
+        ) from error
     return path
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raises WorkError that names the file which is missing or altered."""
+def _write_files(
+    directory: Path,
+    config: GPTConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    training: Mapping[str, Tensor],
+    state: TrainingState,
+) -> None:
+    write_json(directory / "config.json", hf.config_to_hf(config, tokenizer.eot))
+    write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot},
+    )
+    save_tensors(hf.to_hf(weights, config), directory / "model.safetensors", {"format": "pt"})
+    tokenizer.save(directory, max_length=config.n_ctx)
+    (directory / "training").mkdir()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()}
+    save_tensors(tensors, directory / "training" / "state.safetensors")
+    write_json(directory / STATE, asdict(state))
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    sums = {
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files
+    }
+    (directory / CHECKSUMS).write_text(_listing(sums), encoding="utf-8")
+
+
+def _listing(sums: Mapping[str, Any]) -> str:
+    """The text of checksums.json: the files', and that of the list itself."""
+    return json_text({"files": sums, "sha256": hashlib.sha256(json_text(sums).encode()).hexdigest()})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file. Raises OSError for a full disk, where the library raises an error of its own."""
     try:
-        sums = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in sums.items()}
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raises WorkError that names the file which is missing, altered or not of this checkpoint."""
+    try:
+        listing = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        if (path / CHECKSUMS).read_text(encoding="utf-8") != _listing(listing["files"]):
+            raise ValueError("not as it was written")
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listing["files"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise WorkError(f"{path / CHECKSUMS} is missing or damaged: the checkpoint is not whole") from error
     for name, (size, digest) in listed.items():
@@ -105,6 +164,9 @@ def verify_checkpoint(path: Path) -> None:
                 raise WorkError(f"{file} is altered: its SHA-256 is not the one in {CHECKSUMS}")
         except OSError as error:
             raise WorkError(f"{file} cannot be read: {error.strerror}") from error
+    step = json.loads((path / STATE).read_text(encoding="utf-8"))["step"]
+    if re.fullmatch(r"step_\d+", path.name) and step != step_of(path):
+        raise WorkError(f"{path / STATE} is of step {step}: the directory was renamed or mixed with another")
 
 
 def read_checkpoint(path: Path, config: GPTConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainingState]:
@@ -112,9 +174,17 @@ def read_checkpoint(path: Path, config: GPTConfig) -> tuple[dict[str, Tensor], d
     verify_checkpoint(path)
     weights = hf.from_hf(load_file(path / "model.safetensors"), config)
     training = load_file(path / "training" / "state.safetensors")
-    values = json.loads((path / "training" / "state.json").read_text(encoding="utf-8"))
-    values["skipped_steps"] = tuple(values["skipped_steps"])
-    return weights, training, TrainingState(**values)
+    state = state_from_dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+    return weights, training, state
+
+
+def state_from_dict(values: Mapping[str, Any]) -> TrainingState:
+    """The inverse of dataclasses.asdict, after a way through JSON. Unknown names are left out."""
+    known: dict[str, Any] = {}
+    for name in {field.name for field in fields(TrainingState)} & values.keys():
+        value = values[name]
+        known[name] = tuple(value) if isinstance(value, list) else value
+    return TrainingState(**known)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -143,9 +213,17 @@ def newest_good_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def keep_checkpoints(run: Path, last: int, best_step: int | None) -> None:
-    """Removes all but the newest `last` and the best, and what killed writers left behind."""
-    for path in list_checkpoints(run)[:-last]:
-        if step_of(path) != best_step:
+    """Removes all but the newest `last` and the best, and what killed writers left behind.
+
+    Nothing older than the newest checkpoint that verifies is removed before that one is found: the last good
+    checkpoint stays, whatever happened to those after it.
+    """
+    good: Path | None = None
+    old = [path for path in list_checkpoints(run)[:-last] if step_of(path) != best_step]
+    if old:
+        good, _ = newest_good_checkpoint(run)
+    for path in old:
+        if good is not None and step_of(path) < step_of(good):
             remove_checkpoint(path)
     for leftover in (run / "checkpoints").glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)

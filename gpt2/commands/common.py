@@ -3,7 +3,8 @@
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -45,6 +46,30 @@ def _one_line(box: str, verb: str) -> str:
     text = re.sub(r"^(Unrecognized options|Value error|Parsing error|Required options)\s+(?=\S)", "", text)
     text = text.split("For full helptext")[0].split("Argument helptext")[0].strip()
     return f"{' '.join(text.split())} (see gpt2 {verb} --help)"
+
+
+@contextlib.contextmanager
+def working(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows (done, in all): a bar on a terminal, else a line every ten seconds, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    started = said = time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+
+        def show(done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            bar.update(task, description=f"{name}: {done / max(total, 1):.0%}", total=total, completed=done)
+            if not console.is_terminal and now - said >= 10 and done:
+                said = now
+                left = (now - started) / done * (total - done)
+                console.print(f"{name}: {done / total:.0%}, {left:,.0f} s left", markup=False, soft_wrap=True)
+
+        yield show
 
 
 def say(text: str) -> None:

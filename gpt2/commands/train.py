@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2.commands.common import Json, Outcome, figure, parse, say
 from gpt2.config import (
@@ -13,14 +15,20 @@ from gpt2.config import (
     Config,
     EvalConfig,
     GPTConfig,
+    GuardConfig,
     LogConfig,
     OptimConfig,
     TrainConfig,
+    from_dict,
     preset,
     read_run_config,
     read_toml,
+    to_dict,
 )
 from gpt2.errors import RequestError
+
+if TYPE_CHECKING:
+    from gpt2.distributed import Distributed
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Train:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -53,8 +62,8 @@ def main(argv: Sequence[str]) -> Outcome:
     """gpt2 train"""
     # The other options' defaults depend on these: they are read first.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--preset", "--config", "--resume", "--out"):
-        first.add_argument(name)
+    for name in ("--preset", "--config", "--resume", "--out", "--train.device"):
+        first.add_argument(name, dest=name.strip("-").removeprefix("train."))
     try:
         chosen, _ = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -66,8 +75,13 @@ def main(argv: Sequence[str]) -> Outcome:
     base = preset(chosen.preset or "gpt2-124m")
     if chosen.config:
         base = read_toml(Path(chosen.config), base)
+    group: Distributed | None = None
     if chosen.resume and not _asks_for_help(argv):
-        base = read_run_config(Path(chosen.resume))
+        from gpt2 import distributed
+
+        group = distributed.Distributed.from_environment(chosen.device or "auto", base.train.collective_timeout)
+        # Rank 0 reads: other machines need not hold the run.
+        base = from_dict(group.on_main(lambda: to_dict(read_run_config(Path(chosen.resume)))))
     sections = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
     args = parse(Train, argv, "train", Train(**sections))
 
@@ -80,16 +94,27 @@ def main(argv: Sequence[str]) -> Outcome:
         raise RequestError("--data is missing: give the directory that `gpt2 prepare SOURCE --out DATA` made")
     if args.resume is None and args.out is None:
         raise RequestError("--out is missing: give the run's directory (or --resume RUN to go on with one)")
-    config = Config(args.model, args.optim, train_section, args.eval, args.checkpoint, args.log)
+    if chosen.preset == "finetune" and not train_section.init_from:
+        raise RequestError("--init-from is missing: the preset finetune starts from a trained model, name one")
+    config = Config(args.model, args.optim, train_section, args.eval, args.checkpoint, args.guard, args.log)
 
     from gpt2.training import loop, run
 
-    opened = run.start_run(config, args.out) if args.out is not None else run.resume_run(Path(chosen.resume), config)
+    if args.out is not None:
+        opened = run.start_run(config, args.out)
+    else:
+        opened = run.resume_run(Path(chosen.resume), config, group)
+    if opened.distributed.is_main:
+        for note in opened.notes:
+            warnings.warn(note, stacklevel=1)
     try:
         result = loop.train(opened)
     except loop.Stopped as stopped:
-        print(f"gpt2: {stopped}; go on with: gpt2 train --resume {opened.path}", file=sys.stderr)
+        if opened.distributed.is_main:
+            print(f"gpt2: {stopped}; go on with: gpt2 train --resume {opened.path}", file=sys.stderr)
         return Outcome({"run": str(opened.path), "stopped": stopped.signal}, args.json, 128 + stopped.signal)
+    if not opened.distributed.is_main:
+        return Outcome(result)
     say(
         f"{opened.path}: {result['steps']:,} steps in {result['train_seconds']:.1f} s, "
         f"training loss {figure(result['train_loss'])}, validation loss {figure(result['val_loss'])}, "

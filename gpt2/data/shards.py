@@ -129,10 +129,14 @@ class Dataset:
     def open(cls, path: Path) -> "Dataset":
         """Reads dataset.json, the tokenizer and the shards' headers. Raises RequestError that names the file."""
         facts_path = path / FACTS
-        if not facts_path.is_file():
-            raise RequestError(f"{path} holds no {FACTS}: make it with `gpt2 prepare SOURCE --out {path}`")
         try:
-            facts = json.loads(facts_path.read_text(encoding="utf-8"))
+            data = facts_path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RequestError(f"{path} holds no {FACTS}: make it with `gpt2 prepare SOURCE --out {path}`") from error
+        except OSError as error:
+            raise RequestError(f"cannot read {facts_path}: {error.strerror}") from error
+        try:
+            facts = json.loads(data.decode("utf-8"))
             if facts["format"] != 1:
                 raise ValueError(f"its format is {facts['format']!r}, this version reads 1")
             expected = str(facts["tokenizer"]["hash"])

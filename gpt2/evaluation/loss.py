@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2.data.shards import Dataset, Split
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
@@ -64,37 +65,65 @@ def evaluate_loss(
     split: Split,
     tokenizer: Tokenizer,
     context: int,
-    device: torch.device,
+    distributed: Distributed,
     batch: int = 16,
     windows: int = 0,
+    stride: int = 0,
 ) -> LossResult:
-    """The loss on the split's windows of `context` tokens, without overlap, the last partial one included.
+    """The loss on the split's windows of `context` tokens, the last partial one included.
 
-    windows: how many, from the start of the split; 0 for all. Every forward pass has the same shape
-    (batch, context), filled up with ignored targets, so that a compiled network needs one graph.
+    windows: how many, from the start of the split; 0 for all. stride: tokens from one window's start to the next's;
+    0 for the context, so that windows do not overlap. With a smaller one every target is still counted once, in the
+    first window that holds it: all but the first window's targets have at least context - stride tokens before them.
+    Every forward pass has the same shape (batch, context), filled up with ignored targets, so that a compiled
+    network needs one graph. Processes share the batches, each making as many passes, and each gives the whole
+    result. Raises RequestError for a stride that is not in 0..context.
     """
     started = time.perf_counter()
-    total = split.tokens - 1 if windows == 0 else min(windows * context, split.tokens - 1)
+    if not 0 <= stride <= context:
+        raise RequestError(f"--stride {stride} must be in 1..{context}, the context; or 0 for no overlap")
+    stride = stride or context
+    last = split.tokens - 1  # targets in the split
+    count = 1 + max(0, math.ceil((last - context) / stride))
+    if windows:
+        count = min(windows, count)
     lengths = np.array(
         [len(tokenizer.decode_bytes([i])) if i != tokenizer.eot else 0 for i in range(tokenizer.vocab_size)]
     )
-    nats, text_bytes = 0.0, 0
-    for start in range(0, total, batch * context):
-        stop = min(start + batch * context, total)
-        tokens = split.read(start, stop + 1).astype(np.int64)  # (n + 1,)
-        n = stop - start
-        idx = np.zeros(batch * context, dtype=np.int64)
-        targets = np.full(batch * context, -100, dtype=np.int64)
-        idx[:n], targets[:n] = tokens[:-1], tokens[1:]
-        x = torch.from_numpy(idx).view(batch, context).to(device)
-        y = torch.from_numpy(targets).view(batch, context).to(device)
-        nats += mean_loss(x, y).item() * n
-        text_bytes += int(lengths[tokens[1:]].sum())
-    return LossResult(nats, total, text_bytes, time.perf_counter() - started)
+    nats, tokens, text_bytes = 0.0, 0, 0
+    rounds = -(-count // (batch * distributed.world_size))
+    for turn in range(rounds):
+        first = (turn * distributed.world_size + distributed.rank) * batch
+        idx = np.zeros((batch, context), dtype=np.int64)
+        targets = np.full((batch, context), -100, dtype=np.int64)
+        for row, window in enumerate(range(first, min(first + batch, count))):
+            start = window * stride
+            stop = min(start + context, last)
+            new = 0 if window == 0 else context - stride  # targets before it were counted in earlier windows
+            read = split.read(start, stop + 1).astype(np.int64)  # (n + 1,)
+            idx[row, : stop - start] = read[:-1]
+            targets[row, new : stop - start] = read[1 + new :]
+        counted = targets[targets >= 0]  # (n,)
+        x, y = (
+            torch.from_numpy(idx).to(distributed.device),
+            torch.from_numpy(targets).to(distributed.device),
+        )  # (batch, context) each
+        loss = mean_loss(x, y).item()
+        nats += loss * len(counted) if len(counted) else 0.0  # a mean over nothing is NaN
+        tokens += len(counted)
+        text_bytes += int(lengths[counted].sum())
+    nats, all_tokens, all_bytes = distributed.sum([nats, tokens, text_bytes])
+    return LossResult(nats, int(all_tokens), int(all_bytes), time.perf_counter() - started)
 
 
 def evaluate_model_loss(
-    model: GPT, tokenizer: Tokenizer, dataset: Dataset, split: str = "val", batch: int = 16, windows: int = 0
+    model: GPT,
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    split: str = "val",
+    batch: int = 16,
+    windows: int = 0,
+    stride: int = 0,
 ) -> LossResult:
     """A finished model's loss on prepared data, in windows of its context.
 
@@ -111,5 +140,6 @@ def evaluate_model_loss(
         return loss
 
     model.eval()
-    device = next(model.parameters()).device
-    return evaluate_loss(mean_loss, dataset.split(split), tokenizer, model.config.n_ctx, device, batch, windows)
+    alone = Distributed(rank=0, world_size=1, device=next(model.parameters()).device)
+    n_ctx = model.config.n_ctx
+    return evaluate_loss(mean_loss, dataset.split(split), tokenizer, n_ctx, alone, batch, windows, stride)

@@ -71,7 +71,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
@@ -79,17 +79,17 @@ class Engine:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> str:
-        """The completion of a prompt, without the prompt; an empty prompt starts a new document.
+        """The completion of a prompt (a text or token ids), without the prompt; an empty one starts a new document.
 
         It ends at end-of-text, before a `stop` text, or after max_tokens. When the context is full, the newer half
         of it is kept and generation goes on. The same seed gives the same text. Raises RequestError for a prompt
-        longer than the context and for values out of range.
+        longer than the context and for values out of range, WorkError where the network's output is no number.
         """
         return "".join(self.stream(prompt, max_tokens, temperature, top_k, top_p, stop, seed))
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
@@ -97,12 +97,14 @@ class Engine:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """`generate`, piece by piece: never a part of a character, never a part of a stop text."""
+        """`generate`, piece by piece: never a part of a character, never a part of a stop text.
+
+        Raises what `generate` raises for a wrong request, and does so now, not when the first piece is asked for.
+        """
         sampling = Sampling(temperature, top_k, top_p)
-        sequences = self._sequences(1, stop, seed)
-        for texts in self._run(self._ids(prompt), sequences, max_tokens, sampling):
-            if texts[0]:
-                yield texts[0]
+        sequences = self._sequences(1, max_tokens, stop, seed)
+        steps = self._run(self._ids(prompt), sequences, max_tokens, sampling)
+        return (texts[0] for texts in steps if texts[0])
 
     def generate_many(
         self,
@@ -118,7 +120,7 @@ class Engine:
         """n completions of one prompt, decoded together. The first is that of `generate` with the same seed."""
         if n < 1:
             raise RequestError(f"n = {n} must be at least 1")
-        sequences = self._sequences(n, stop, seed)
+        sequences = self._sequences(n, max_tokens, stop, seed)
         for _ in self._run(self._ids(prompt), sequences, max_tokens, Sampling(temperature, top_k, top_p)):
             pass
         return ["".join(sequence.pieces) for sequence in sequences]
@@ -134,15 +136,20 @@ class Engine:
     def _device(self) -> torch.device:
         return self.model.wte.weight.device
 
-    def _ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot]
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = ids or [self.tokenizer.eot]
         if len(ids) > self.model.config.n_ctx:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens, the model's context {self.model.config.n_ctx}: shorten it"
             )
         return ids
 
-    def _sequences(self, n: int, stop: str | Sequence[str] | None, seed: int | None) -> list[_Sequence]:
+    def _sequences(
+        self, n: int, max_tokens: int, stop: str | Sequence[str] | None, seed: int | None
+    ) -> list[_Sequence]:
+        if max_tokens < 0:
+            raise RequestError(f"max_tokens = {max_tokens} must be at least 0")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if any(not text for text in stops):
             raise RequestError("a stop text must not be empty")
@@ -155,8 +162,6 @@ class Engine:
         self, prompt: list[int], sequences: list[_Sequence], max_tokens: int, sampling: Sampling
     ) -> Iterator[list[str]]:
         """After each token the new text of every sequence; sequences that have ended give ""."""
-        if max_tokens < 0:
-            raise RequestError(f"max_tokens = {max_tokens} must be at least 0")
         histories = [list(prompt) for _ in sequences]
         decoder = _CachedForward(self.model, len(sequences)) if self.use_cache else _PlainForward(self.model)
         for _ in range(max_tokens):

@@ -1,11 +1,12 @@
 """Logits -> the next token."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from (vocab_size,) logits."""
+    """One token id from (vocab_size,) logits. Raises WorkError where one is NaN or all are infinite."""
+    if not math.isfinite(logits.max()):  # NaN where any is NaN
+        raise WorkError(
+            "the model's output is not a number: its weights are spoilt; take an earlier checkpoint or another model"
+        )
     chances = probabilities(logits, sampling)
     if sampling.temperature == 0:
         return int(chances.argmax())

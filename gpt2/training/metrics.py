@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpt2.config import to_dict
 from gpt2.errors import RequestError
+from gpt2.training.run import Run
 
 
 class Sink(Protocol):
@@ -80,13 +82,17 @@ def open_sink(name: str, run: Path, config: Mapping[str, Any]) -> Sink:
 class Metrics:
     """Writes a run's events, one JSON object a line, and shows them. Use as a context manager.
 
-    A step's events stand once: `start_at` drops what an interrupted run wrote after its checkpoint.
+    Rank 0 writes and shows, the others keep silent. A step's events stand once: `start_at` drops what an
+    interrupted run wrote after its checkpoint. A full disk stops nothing: lines wait until they can be written.
     """
 
-    def __init__(self, run: Path, sink: Sink, steps: int, minutes: float, quiet: bool = False) -> None:
-        self.path = run / "metrics.jsonl"
-        self.sink = sink
-        self.steps, self.minutes = steps, minutes
+    def __init__(self, run: Run, quiet: bool = False) -> None:
+        config = run.config
+        self.path = run.path / "metrics.jsonl"
+        self.steps = config.train.steps
+        self.writes = run.distributed.is_main
+        self.sink = open_sink(config.log.sink if self.writes else "none", run.path, to_dict(config))
+        quiet = quiet or not self.writes
         self.console = Console(file=sys.stderr, quiet=quiet, highlight=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -97,25 +103,42 @@ class Metrics:
             disable=quiet or not self.console.is_terminal,
         )
         self.task = self.progress.add_task("training", total=1.0)
+        self.waiting: list[str] = []
 
     def __enter__(self) -> "Metrics":
-        self.file = open(self.path, "a", encoding="utf-8")
         self.progress.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        self.file.close()
         self.sink.close()
 
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Appends {"event": kind, "step": step, "time": Unix seconds, …}; numbers go to the sink as well."""
+        if not self.writes:
+            return
         line = {"event": kind, "step": step, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self.file.flush()
+        self.waiting.append(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                while self.waiting:
+                    file.write(self.waiting[0])
+                    file.flush()
+                    del self.waiting[0]
+        except OSError as error:
+            if len(self.waiting) == 1:
+                self.say(f"cannot write {self.path}: {error.strerror}; training goes on")
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        if numbers and kind in ("step", "val"):
+        if numbers and kind in ("step", "val", "hellaswag"):
             self.sink.write(step, numbers)
+
+    def events(self, kind: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Each as an event; one that has an `error` is told."""
+        for line in lines:
+            values = dict(line)
+            self.event(kind, values.pop("step"), **values)
+            if "error" in values:
+                self.say(f"step {line['step']}  the checkpoint is not written: {values['error']}; training goes on")
 
     def step(self, step: int, done: float, values: Mapping[str, float]) -> None:
         """A training step's figures; `done` is the part of the run that is behind, in [0, 1]."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gpt2.config import OptimConfig
 from gpt2.distributed import multiplies_bf16_fast
+from gpt2.training.parallel import share_of
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -106,20 +107,22 @@ def optimizer_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer])
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """The inverse of `optimizer_tensors`, onto the parameters' device."""
+    """The inverse of `optimizer_tensors`, from whole tensors on the host onto the parameters' device and layout."""
     owners = {
         p: (optimizer, group) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
     parameters = dict(model.named_parameters())
-    for full_name, tensor in tensors.items():
+    for full_name, tensor in tensors:
         name, key = full_name.rsplit(".", 1)
-        optimizer, group = owners[parameters[name]]
-        # AdamW counts its steps on the host unless it is fused.
-        on_host = key == "step" and not group.get("fused")
-        device = torch.device("cpu") if on_host else parameters[name].device
-        optimizer.state[parameters[name]][key] = tensor.to(device, copy=True)
+        parameter = parameters[name]
+        optimizer, group = owners[parameter]
+        if key == "step":  # AdamW counts its steps on the host unless it is fused
+            value = tensor.to(parameter.device if group.get("fused") else "cpu", copy=True)
+        else:
+            value = share_of(tensor, parameter)
+        optimizer.state[parameter][key] = value
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -1,5 +1,6 @@
 """The checkpoint directory: whole or absent, every damage found, the last good one never removed."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from gpt2 import files
+from gpt2.checkpoint import directory
 from gpt2.checkpoint.directory import (
     TrainingState,
     keep_checkpoints,
@@ -96,6 +99,65 @@ def test_every_damage_is_found_and_names_its_file(
     shutil.rmtree(path)
 
 
+def damage(path: Path, random_: random.Random) -> str:
+    """One random damage to a checkpoint; the name of a file that it concerns."""
+    files_ = sorted(p for p in path.rglob("*") if p.is_file())
+    file = random_.choice(files_)
+    content = file.read_bytes()
+    kind = random_.choice(["flip", "truncate", "delete", "swap", "half-written"])
+    if kind == "flip":
+        place = random_.randrange(len(content))
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << random_.randrange(8)]) + content[place + 1 :])
+    elif kind == "truncate":
+        file.write_bytes(content[: random_.randrange(len(content))])
+    elif kind == "delete":
+        file.unlink()
+    elif kind == "swap":
+        other = random_.choice([p for p in files_ if p.read_bytes() != content])
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+        return f"{file.name}|{other.name}|checksums.json"
+    else:  # files are written in some order: those after a point are missing or empty
+        for later in random_.sample(files_, random_.randint(1, len(files_))):
+            later.unlink() if random_.random() < 0.5 else later.write_bytes(b"")
+        return "|".join(p.name for p in files_)
+    return file.name
+
+
+def test_a_thousand_damages_are_all_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    whole = {p: p.read_bytes() for p in newer.rglob("*") if p.is_file()}
+    random_ = random.Random(0)
+    for _ in range(1000):
+        names = damage(newer, random_)
+        found, complaints = newest_good_checkpoint(tmp_path)
+        assert found == older, names
+        if (newer / "checksums.json").exists():  # without it the directory is no checkpoint at all
+            assert any(name in complaints[0] for name in names.split("|")), (names, complaints)
+        for path, content in whole.items():
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
+        assert newest_good_checkpoint(tmp_path) == (newer, [])
+
+
+def test_a_checkpoint_under_another_ones_name_is_found(tmp_path: Path) -> None:
+    write(tmp_path, 1).rename(tmp_path / "checkpoints" / "step_000005")
+    found, complaints = newest_good_checkpoint(tmp_path)
+    assert found is None
+    assert "is of step 1" in complaints[0]
+
+
+def test_the_last_good_one_is_never_removed(tmp_path: Path) -> None:
+    good = write(tmp_path, 1)
+    for step in (2, 3):
+        (write(tmp_path, step) / "model.safetensors").write_bytes(b"")
+    keep_checkpoints(tmp_path, last=1, best_step=None)
+    assert newest_good_checkpoint(tmp_path)[0] == good
+    write(tmp_path, 4)
+    keep_checkpoints(tmp_path, last=1, best_step=None)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [4]
+
+
 def test_newest_good_skips_damaged_ones_and_leftovers(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step)
@@ -129,6 +191,19 @@ def test_a_full_disk_leaves_the_older_ones_and_no_half_one(tmp_path: Path, monke
         write(tmp_path, 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
     verify_checkpoint(tmp_path / "checkpoints" / "step_000001")
+
+
+def test_a_disk_that_fills_while_tensors_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors says it by an error of its own."""
+    write(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(directory, "save_file", full)
+    with pytest.raises(WorkError, match=r"step_000002: No space left on device"):
+        write(tmp_path, 2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:

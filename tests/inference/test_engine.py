@@ -112,7 +112,7 @@ def test_seeds(engine: Engine) -> None:
     assert text(1) == text(1)
     assert text(0) != text(1) != text(-1)
     text(2**63), text(2**64 + 5)  # any whole number is a seed
-    assert len({text(None) for _ in range(5)}) == 5
+    assert len({text(None) for _ in range(5)}) > 1  # short texts of few likely bytes may well agree
 
 
 @pytest.mark.parametrize("seed", [None, 1])
@@ -135,6 +135,12 @@ def test_an_empty_prompt_starts_a_document(engine: Engine) -> None:
     assert torch.equal(engine.logits([BYTES.eot]), logits.detach())
     first = BYTES.decode([int(logits.argmax())])
     assert engine.generate("", max_tokens=1, temperature=0) == first
+
+
+def test_a_prompt_may_be_token_ids(engine: Engine) -> None:
+    ids = engine.tokenizer.encode("the people")
+    assert engine.generate(ids, seed=1) == engine.generate("the people", seed=1)
+    assert engine.generate([], seed=1) == engine.generate("", seed=1)
 
 
 def test_the_stream_is_the_text_in_whole_characters(engine: Engine) -> None:
@@ -274,13 +280,22 @@ def test_wrong_requests(engine: Engine) -> None:
         ("top_p 2 must be in", {"top_p": 2}),
     ]
     for expected, change in cases:
-        for call in (engine.generate, lambda **k: list(engine.stream(**k)), lambda **k: engine.generate_many(n=2, **k)):
+        # The stream is refused when it is asked for, not at its first piece.
+        for call in (engine.generate, engine.stream, lambda **k: engine.generate_many(n=2, **k)):
             with pytest.raises(RequestError, match=expected):
                 call(**({"prompt": "a"} | change))
     with pytest.raises(RequestError, match="n = 0 must be at least 1"):
         engine.generate_many("a", 0)
     with pytest.raises(RequestError, match="the model has 300 tokens, its tokenizer 257: they do not belong together"):
         Engine(GPT(replace(CONFIG, vocab_size=300)), BYTES)
+
+
+def test_weights_that_are_no_numbers_are_one_line() -> None:
+    model = network()
+    model.ln_f.weight.data[0] = float("nan")
+    for options in OPTIONS:
+        with pytest.raises(WorkError, match="the model's output is not a number: its weights are spoilt"):
+            Engine(model, BYTES).generate("a", max_tokens=3, **options)
 
 
 def test_padded_ids_cannot_come_out() -> None:
@@ -336,6 +351,8 @@ def test_weights_alone_with_gpt2s_vocabulary_have_gpt2s_tokenizer(tmp_path: Path
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
     step = write_checkpoint(tmp_path / "run", CONFIG, network().state_dict(), BYTES, {}, TrainingState())
     other = write_checkpoint(tmp_path / "other", CONFIG, network().state_dict(), BYTES, {}, TrainingState())
     Tokenizer.train(["some words and some more words"], 258).save(other)

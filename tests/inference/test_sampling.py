@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
 from gpt2.inference.sampling import Sampling, probabilities, sample
 
 LOGITS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0]), min_size=2, max_size=12).map(torch.tensor)
@@ -165,3 +165,15 @@ def test_the_same_generator_draws_the_same() -> None:
 def test_values_out_of_range_are_refused(values: dict[str, float], expected: str) -> None:
     with pytest.raises(RequestError, match=expected):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("bad", [[0.0, float("nan")], [0.0, float("inf")], [float("-inf")] * 2])
+def test_logits_that_are_no_numbers_are_refused(bad: list[float], temperature: float) -> None:
+    with pytest.raises(WorkError, match="not a number"):
+        sample(torch.tensor(bad), Sampling(temperature), torch.Generator())
+
+
+def test_an_id_that_is_shut_out_never_comes() -> None:
+    shut_out = torch.tensor([float("-inf"), 0.0, float("-inf")])
+    assert {sample(shut_out, Sampling(1.0), torch.Generator().manual_seed(i)) for i in range(20)} == {1}

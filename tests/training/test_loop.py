@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ from gpt2.checkpoint.directory import list_checkpoints, newest_good_checkpoint, 
 from gpt2.config import Config, from_dict, read_run_config
 from gpt2.data.loader import BatchLoader
 from gpt2.data.shards import Dataset
+from gpt2.distributed import Distributed
 from gpt2.errors import RequestError, WorkError
 from gpt2.evaluation.loss import evaluate_model_loss
 from gpt2.inference.engine import load
 from gpt2.model import GPT
-from gpt2.training.loop import accumulate_gradients, loss_function, train
+from gpt2.training.loop import accumulate_gradients, train
 from gpt2.training.metrics import read_metrics, start_at
+from gpt2.training.parallel import TrainingNetwork
 from gpt2.training.run import resume_run, start_run
+
+ALONE = Distributed(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 def changed(config: Config, **values: object) -> Config:
@@ -56,8 +61,8 @@ def test_accumulation_changes_neither_gradients_nor_reported_loss(tiny: Config, 
         torch.manual_seed(0)
         torch.compiler.reset()
         model = GPT(config.model)
-        mean_loss = loss_function(model, config, torch.device("cpu"))
-        loss = accumulate_gradients(mean_loss, x, y, accumulation, torch.device("cpu"))
+        loss = accumulate_gradients(TrainingNetwork(model, config, ALONE), x, y, accumulation, ALONE)
+        assert loss is not None
         results.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
         if compiled and accumulation == 4:
             break  # the compiler is slow; two forms suffice
@@ -247,9 +252,64 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tiny: Config, tmp
     assert "step_000020/model.safetensors is altered" in complaints[0]
     again = resume_run(run.path, read_run_config(run.path))
     assert again.checkpoint == path
-    assert complaints[0] in again.notes
+    assert again.notes == (complaints[0], "the run goes on from step_000010")
     train(again, quiet=True)
     assert newest_good_checkpoint(run.path)[1] == []
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tiny: Config, tmp_path: Path) -> None:
+    train(start_run(tiny, tmp_path / "run"), quiet=True)
+    for path in list_checkpoints(tmp_path / "run"):
+        (path / "config.json").write_text("{}")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for again in (lambda: start_run(tiny, tmp_path / "run"), lambda: resume_run(tmp_path / "run", tiny_of(tmp_path))):
+        with pytest.raises(WorkError, match=r"no good checkpoint to go on from: .*config\.json is altered"):
+            again()
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def tiny_of(directory: Path) -> Config:
+    return read_run_config(directory / "run")
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(tiny: Config, tmp_path: Path) -> None:
+    """They may be gone, or may have been trained on: the run has checkpoints of its own."""
+    train(start_run(changed(tiny, model__n_layer=1, train__steps=1), tmp_path / "first"), quiet=True)
+    config = changed(tiny, train__init_from=str(tmp_path / "first"), train__steps=4, checkpoint__every=2)
+    train(start_run(config, tmp_path / "run"), quiet=True)
+    whole = weights_of(tmp_path / "run")
+    (tmp_path / "first").rename(tmp_path / "elsewhere")
+    for again in (lambda: start_run(config, tmp_path / "run"), lambda: resume_run(tmp_path / "run", tiny_of(tmp_path))):
+        (list_checkpoints(tmp_path / "run")[-1] / "checksums.json").unlink()
+        run = again()
+        assert run.checkpoint is not None
+        assert step_of(run.checkpoint) == 2
+        assert run.config.model.n_layer == 1
+        train(run, quiet=True)
+        assert_equal_bits(weights_of(tmp_path / "run"), whole)
+
+
+def test_a_sample_prompt_longer_than_the_context_is_refused_before_the_run(tiny: Config, tmp_path: Path) -> None:
+    config = changed(tiny, eval__sample_prompt="x" * 33)
+    with pytest.raises(RequestError, match=r"eval\.sample_prompt has 33 tokens, the model's context 32"):
+        start_run(changed(config, eval__sample_every=5), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    start_run(config, tmp_path / "run")  # without samples nobody reads it
+    with pytest.raises(RequestError, match=r"eval\.sample_prompt"):
+        resume_run(tmp_path / "run", changed(read_run_config(tmp_path / "run"), eval__sample_every=5))
+
+
+def test_training_leaves_torchs_settings_as_they_were(tiny: Config, tmp_path: Path) -> None:
+    def found() -> tuple[object, ...]:
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), fill
+
+    before = found()
+    train(start_run(changed(tiny, train__steps=1), tmp_path / "run"), quiet=True)
+    assert found() == before
+    with pytest.raises(WorkError):
+        train(start_run(changed(tiny, optim__lr=1e30, optim__warmup_steps=0), tmp_path / "bad"), quiet=True)
+    assert found() == before
 
 
 def test_a_damaged_shard_stops_training_before_its_tokens_are_used(
@@ -331,3 +391,30 @@ def test_every_optimisation_can_be_switched_off(tiny: Config, tmp_path: Path) ->
     result = train(start_run(replace(config), tmp_path / "run"), quiet=True)
     assert result["val_loss"] < math.log(257)
     train(resume_run(tmp_path / "run", read_run_config(tmp_path / "run")), quiet=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_hellaswag_is_scored_at_its_interval_and_leaves_the_run_alone(
+    tiny: Config, tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, no machine code
+    file = tmp_path / "items.jsonl"
+    item = {"ctx": "the people", "endings": ["will meet", "are", "have a sea", "go on land"], "label": 2}
+    file.write_text(f"{json.dumps(item)}\n" * 6, encoding="utf-8")
+    config = changed(tiny, train__steps=5, model__dropout=0.0 if compiled else 0.2, train__compile=compiled)
+    if not compiled:
+        train(start_run(config, tmp_path / "plain"), quiet=True)
+    scored = changed(config, eval__hellaswag_every=2, eval__hellaswag_file=str(file), eval__hellaswag_items=4)
+    train(start_run(scored, tmp_path / "scored"), quiet=True)
+    events = [e for e in read_metrics(tmp_path / "scored") if e["event"] == "hellaswag"]
+    assert [e["step"] for e in events] == [2, 4, 5]
+    assert all(e["items"] == 4 and e["acc"] in (0.0, 1.0) and e["acc_norm"] in (0.0, 1.0) for e in events)
+    if not compiled:
+        assert_equal_bits(weights_of(tmp_path / "plain"), weights_of(tmp_path / "scored"))
+
+
+def test_a_missing_hellaswag_file_is_refused_before_the_run_is_made(tiny: Config, tmp_path: Path) -> None:
+    config = changed(tiny, eval__hellaswag_every=2, eval__hellaswag_file=str(tmp_path / "none"))
+    with pytest.raises(RequestError, match=r"cannot read .*none"):
+        start_run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

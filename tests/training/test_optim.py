@@ -109,7 +109,7 @@ def test_state_survives_saving_and_loading_bit_for_bit(kind: str) -> None:
     second = model()
     second.load_state_dict(first.state_dict())
     second_optimizers = build_optimizers(second, config)
-    load_optimizer_tensors(second, second_optimizers, optimizer_tensors(first, first_optimizers))
+    load_optimizer_tensors(second, second_optimizers, optimizer_tensors(first, first_optimizers).items())
     for seed in range(3, 6):
         one_step(first, first_optimizers, seed)
         one_step(second, second_optimizers, seed)
