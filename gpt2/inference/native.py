@@ -9,6 +9,7 @@ all are looked at here, and a wrong one is a RequestError.
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -65,9 +66,10 @@ def build(path: InstructionPath = "native") -> Path:
 
 
 def paths_here() -> list[InstructionPath]:
-    """The instruction paths that this CPU can run, native first."""
+    """The instruction paths that differ and that this CPU can run, native first."""
     words = set(_cpu().split())
-    return [path for path in PATHS if NEEDS.get(path, set()) <= words]
+    able = [path for path in PATHS if NEEDS.get(path, set()) <= words]
+    return [path for path in able if path != able[1]] if len(able) > 2 else able  # native is the best of the others
 
 
 def physical_cores() -> int:
@@ -149,7 +151,7 @@ class NativeDecoder:
         if n == 0:
             return logits
         order: list[int] | None = None
-        if 1 + sum(a != b for a, b in zip(slots, slots[1:], strict=False)) > len(lengths):  # tokens of a slot are apart
+        if 1 + sum(a != b for a, b in itertools.pairwise(slots)) > len(lengths):  # tokens of a slot are apart
             order = sorted(range(n), key=lambda i: slots[i])
             place = {row: i for i, row in enumerate(order)}
             ids, slots, positions = ([numbers[i] for i in order] for numbers in (ids, slots, positions))
@@ -211,7 +213,7 @@ class NativeDecoder:
         if n and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
             raise RequestError(f"token ids {min(ids)} to {max(ids)}: the model has {self.config.vocab_size}, from 0")
         self._check_slots(slots)
-        if any(b <= a for a, b in zip(outputs, outputs[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(outputs)):
             raise RequestError("the numbers of the tokens whose logits are wanted must ascend")
         if outputs and not (outputs[0] >= 0 and outputs[-1] < n):
             raise RequestError(f"logits of the tokens {outputs[0]} to {outputs[-1]}: the step has {n}, from 0")
@@ -297,7 +299,8 @@ def load_library(path: Path) -> ctypes.CDLL:
         "gpt2_copy_slot": (integer, (pointer, integer, integer, integer)),
         "gpt2_free_slot": (None, (pointer, integer)),
         "gpt2_dot": (integer, (integer, integer, integer, pointer, pointer, pointer)),
-        "gpt2_read": (floating, (integer, pointer, ctypes.c_size_t)),
+        "gpt2_read": (ctypes.c_int64, (pointer,)),
+        "gpt2_multiply": (ctypes.c_int64, (pointer, integer)),
     }
     for name, (result, arguments) in functions.items():
         function = getattr(library, name)
