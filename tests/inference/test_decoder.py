@@ -100,7 +100,7 @@ def alone(make: Callable[[GPT, int], Decoder], model: GPT, request: tuple[bytes,
 
 
 @pytest.mark.parametrize("make", [TorchDecoder, native])
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.binary(min_size=1, max_size=24), st.integers(0, 30), st.integers(0, 9)), max_size=7),
     st.data(),

@@ -11,24 +11,61 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <sys/mman.h>
 
 namespace gpt2 {
 
+// Zeros from the system, which gives pages when they are touched: large ones if asked for, so that a walk through
+// the weights misses the address cache once in 2 MB instead of once in 4 KB.
 template <class T>
-Buffer<T>::Buffer(size_t n) : bytes_(n * sizeof(T) + 64) {
-  void* at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (at == MAP_FAILED) throw std::bad_alloc();
-  data_ = static_cast<T*>(at);
-}
-template <class T>
-Buffer<T>::~Buffer() {
-  if (data_) munmap(data_, bytes_);
-}
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t n, bool large = false) : bytes_(n * sizeof(T) + (large ? kLarge : 0)) {
+#if defined(__SANITIZE_ADDRESS__)  // which watches over nothing but its own allocator
+    start_ = std::calloc(n, sizeof(T));
+    if (!start_) throw std::bad_alloc();
+    data_ = static_cast<T*>(start_);
+#else
+    start_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start_ == MAP_FAILED) start_ = nullptr, throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (large) madvise(start_, bytes_, MADV_HUGEPAGE);
+#endif
+    const uintptr_t at = reinterpret_cast<uintptr_t>(start_);
+    data_ = reinterpret_cast<T*>(large ? (at + kLarge - 1) / kLarge * kLarge : at);
+#endif
+  }
+  Buffer(Buffer&& other) noexcept { *this = static_cast<Buffer&&>(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(start_, other.start_);
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Buffer() {
+#if defined(__SANITIZE_ADDRESS__)
+    std::free(start_);
+#else
+    if (start_) munmap(start_, bytes_);
+#endif
+  }
+  T* get() const { return data_; }
+  T& operator[](size_t i) const { return data_[i]; }
+  explicit operator bool() const { return data_ != nullptr; }
 
-constexpr int kRows = 128;     // rows that walk through the layers together: their activations stay in the L3 cache
-constexpr int kQueries = 4;    // queries of one sequence that share a look at its keys
-constexpr int kPositions = 32;  // slots are a multiple of this long, so that keys are looked at in whole blocks
+ private:
+  static constexpr size_t kLarge = 2 << 20;
+  void* start_ = nullptr;
+  T* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+constexpr int kRows = 128;        // rows that walk through the layers together: their activations stay in the caches
+constexpr int kQueries = 4;       // queries of one sequence that share a look at its keys
+constexpr int kPositions = 32;    // slots are a multiple of this long, so that keys are looked at in whole blocks
+constexpr int kChunk = 48 << 10;  // bytes of weights that a member takes at a time: some 4 microseconds of reading
 
 inline size_t rounded(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -38,6 +75,7 @@ struct Row {
 struct Run {
   int first, count;  // rows that follow each other in one sequence
 };
+constexpr int kGroup = 4 * kQueries;
 
 struct Layer {
   Linear c_attn, attn_proj, c_fc, mlp_proj;  // the layer norms' scale and offset stand in c_attn and c_fc
@@ -51,11 +89,12 @@ struct Network {
   const size_t wide = rounded(width, 16), wider = rounded(4 * size_t(width), 16);  // strides of rows
   const size_t triple = rounded(3 * size_t(width), 16);
   const size_t key_size = heads * positions * head_width, value_size = heads * positions * padded_head;
+  const size_t scratch_size = wider + kQueries * (positions + padded_head);
 
-  const size_t scratch_size = wider + kQueries * (positions + rounded(head_width, 8));
-
-  std::vector<Layer> layers{size_t(n_layer)};
+  std::vector<Layer> layers;
   Linear head, embedding;  // embedding is empty where the head's weights are the embedding too
+  Buffer<int8_t> weights;  // all of them, in the order of the walk
+  size_t weight_bytes = 0;
   Buffer<float> position_embedding, final_scale, final_offset;
   Buffer<float> head_column;  // what was taken off every row of the head's weights
   std::vector<Buffer<uint16_t>> slots;
@@ -68,16 +107,33 @@ struct Network {
 
   // The step under way.
   std::vector<Row> rows;
-  std::vector<Run> runs;
+  std::vector<Run> runs;         // all rows of a sequence
+  std::vector<Run> groups;       // the same, cut into pieces that are shared out
   std::vector<int32_t> outputs;  // rows whose logits are wanted
   float* logits = nullptr;
 
-  Network(int vocab, int context, int n_layer, int heads, int width, float epsilon, int n_slots, int threads)
+  Network(int vocab, int context, int n_layer, int heads, int width, float epsilon, bool tied, int n_slots, int threads)
       : vocab(vocab), context(context), n_layer(n_layer), heads(heads), width(width), epsilon(epsilon),
-        position_embedding(context * wide), final_scale(wide), final_offset(wide), head_column(wide),
-        slots(n_slots), team(threads), x(kRows * wide), qkv(kRows * triple), attended(kRows * wide),
-        hidden(kRows * wider), input(std::max(kRows, threads) * wider), input_scale(std::max(kRows, threads)),
-        input_offset(std::max(kRows, threads)), scratch(threads * scratch_size) {}
+        layers(n_layer, {{width, 3 * width}, {width, width}, {width, 4 * width}, {4 * width, width}}),
+        head(width, vocab), position_embedding(context * wide), final_scale(wide), final_offset(wide),
+        head_column(wide), slots(n_slots), team(threads), x(kRows * wide), qkv(kRows * triple),
+        attended(kRows * wide), hidden(kRows * wider), input(std::max(kRows, threads) * wider),
+        input_scale(std::max(kRows, threads)), input_offset(std::max(kRows, threads)),
+        scratch(threads * scratch_size) {
+    if (!tied) embedding = Linear(width, vocab);
+    for_all([&](Linear& linear) { weight_bytes += rounded(linear.bytes(), 64); });
+    weights = Buffer<int8_t>(weight_bytes, true);
+    int8_t* at = weights.get();
+    for_all([&](Linear& linear) { linear.packed = at, at += rounded(linear.bytes(), 64); });
+  }
+
+  template <class Visit>
+  void for_all(Visit visit) {
+    for (Layer& layer : layers)
+      for (Linear* linear : {&layer.c_attn, &layer.attn_proj, &layer.c_fc, &layer.mlp_proj}) visit(*linear);
+    visit(head);
+    visit(embedding);
+  }
 
   uint16_t* keys(const Row& row, int layer, int h) {
     return slots[row.slot].get() + layer * (key_size + value_size) + h * positions * head_width;
@@ -86,8 +142,9 @@ struct Network {
     return slots[row.slot].get() + layer * (key_size + value_size) + key_size + h * positions * padded_head;
   }
 
+  Buffer<uint16_t> new_slot() const { return Buffer<uint16_t>(n_layer * (key_size + value_size)); }
   void step();
-  void walk(int member);
+  void pack(Linear& linear, const int8_t* from, const float* scale, const float* bias);
 };
 
 // What one member of the team does in a step. Every member goes through the same phases in the same order.
@@ -100,18 +157,24 @@ class Walk {
     each(n_, 1, [&](int r) { embed(r); });
     for (int l = 0; l < net_.n_layer; l++) {
       const Layer& layer = net_.layers[l];
+      const bool last = l + 1 == net_.n_layer;
       normalise(layer.c_attn);
-      matmul(layer.c_attn, n_, [&](int r, int o, F8 low, F8 high) { put(&net_.qkv[r * net_.triple + o], low, high); });
-      each(int(net_.runs.size()) * net_.heads, 1,
-           [&](int i) { attend(l, i % net_.heads, net_.runs[i / net_.heads]); });
+      matmul(layer.c_attn, layer.attn_proj, n_, [&](int r, int o, F8 low, F8 high) {
+        put(&net_.qkv[r * net_.triple + o], low, high);
+      });
+      attention(l);
       round_rows(layer.attn_proj, net_.attended, net_.wide);
-      matmul(layer.attn_proj, n_, [&](int r, int o, F8 low, F8 high) { add(&net_.x[r * net_.wide + o], low, high); });
+      matmul(layer.attn_proj, layer.c_fc, n_, [&](int r, int o, F8 low, F8 high) {
+        add(&net_.x[r * net_.wide + o], low, high);
+      });
       normalise(layer.c_fc);
-      matmul(layer.c_fc, n_, [&](int r, int o, F8 low, F8 high) {
+      matmul(layer.c_fc, layer.mlp_proj, n_, [&](int r, int o, F8 low, F8 high) {
         put(&net_.hidden[r * net_.wider + o], gelu(low), gelu(high));
       });
       round_rows(layer.mlp_proj, net_.hidden, net_.wider);
-      matmul(layer.mlp_proj, n_, [&](int r, int o, F8 low, F8 high) { add(&net_.x[r * net_.wide + o], low, high); });
+      matmul(layer.mlp_proj, last ? net_.head : net_.layers[l + 1].c_attn, n_, [&](int r, int o, F8 low, F8 high) {
+        add(&net_.x[r * net_.wide + o], low, high);
+      });
     }
     predict();
   }
@@ -120,13 +183,22 @@ class Walk {
   static void put(float* to, F8 low, F8 high) { store(to, low), store(to + 8, high); }
   static void add(float* to, F8 low, F8 high) { put(to, load<F8>(to) + low, load<F8>(to + 8) + high); }
 
-  // A phase: work(i) for the items 0 … n-1, shared among the team, then a barrier.
+  // A phase: work(i, the item that this member does next) for the items 0 … n-1, then a barrier. Each member begins
+  // with a chunk of its own; the rest go to whoever comes first.
+  template <class Work>
+  void each(int n, int chunk, int after, Work work) {
+    const int phase = phase_++;
+    const auto take = [&] { return net_.team.size() * chunk + net_.team.take(phase, chunk); };
+    for (int first = member_ * chunk, next; first < n; first = next) {
+      next = take();
+      const int stop = std::min(first + chunk, n);
+      for (int i = first; i < stop; i++) work(i, i + 1 < stop ? i + 1 : next < n ? next : after);
+    }
+    net_.team.barrier();
+  }
   template <class Work>
   void each(int n, int chunk, Work work) {
-    const int phase = phase_++;
-    for (int first; (first = net_.team.take(phase, chunk)) < n;)
-      for (int i = first; i < std::min(first + chunk, n); i++) work(i);
-    net_.team.barrier();
+    each(n, chunk, 0, [&](int i, int) { work(i); });
   }
 
   // For the input of a matmul: a single row each member prepares for itself, which is quicker than a barrier.
@@ -143,10 +215,10 @@ class Walk {
     const Row& row = net_.rows[r];
     const Linear& table = net_.embedding.in ? net_.embedding : net_.head;
     const float* position = &net_.position_embedding[row.position * net_.wide];
-    const int8_t* at = table.panel(row.id / kPanel) + row.id % kPanel * 2;
-    const float scale = table.scale[row.id];
+    const int8_t* at = table.weights(row.id / kPanel) + row.id % kPanel * 2;
+    const float scale = table.scales(row.id / kPanel)[row.id % kPanel];
     float* x = &net_.x[r * net_.wide];
-    for (int i = 0; i < net_.width; i++) x[i] = at[i / 2 * 32 + i % 2] * scale + position[i];
+    for (int i = 0; i < net_.width; i++) x[i] = at[i / 2 * kPairBytes + i % 2] * scale + position[i];
   }
 
   // (x - mean) / sqrt(variance + epsilon) of a row into the scratch row, in float32 with the mean taken off first.
@@ -173,44 +245,69 @@ class Walk {
   // A row as integers of at most next.limit, and the scale that gives it back.
   void round_row(const Linear& next, const float* row, int to) {
     const int stride = int(rounded(next.in, 16));
-    F8 most = all(0.f);
-    for (int i = 0; i < stride; i += 8) most = larger(most, absolute(load<F8>(row + i)));
-    // Never below the smallest scale whose inverse is finite; a row that is not finite gives logits that are not.
-    const float scale = std::max(largest(most) / next.limit, 1e-37f);
+    F8 most = all(0.f), spoilt = all(0.f);
+    for (int i = 0; i < stride; i += 8) {
+      const F8 v = load<F8>(row + i);
+      most = larger(most, absolute(v));
+      spoilt += v * 0.f;  // NaN if one of them is not finite; then so are the row's products
+    }
+    // Never below the smallest scale whose inverse is finite.
+    const float scale = std::max(largest(most) / next.limit, 1e-37f) + sum(spoilt);
+    const bool finite = scale < INFINITY;
     const F8 inverse = all(1.f / scale);
     int16_t* out = &net_.input[to * net_.wider];
-    for (int i = 0; i < stride; i += 8)
-      store(out + i, __builtin_convertvector(nearest(load<F8>(row + i) * inverse), S8));
+    for (int i = 0; i < stride; i += 8) {
+      const F8 v = finite ? load<F8>(row + i) * inverse : all(0.f);
+      store(out + i, __builtin_convertvector(nearest(v), S8));
+    }
     net_.input_scale[to] = scale;
   }
 
-  // give(row, first output, low, high): 16 outputs, bias added. Panels are taken in chunks of about 48 KB.
+  // Panels taken at a time: kChunk bytes, or less where a team is so large that it would not come out even.
+  int chunk(const Linear& w) const {
+    const int even = w.panels / (8 * net_.team.size());
+    return std::max(1, std::min(even, int(kChunk / w.panel_bytes)));
+  }
+
+  // give(row, first output, low, high): 16 outputs, bias added. `next` is the matrix that will be read after this.
   template <class Give>
-  void matmul(const Linear& w, int n, Give give) {
+  void matmul(const Linear& w, const Linear& next, int n, Give give) {
     const int first_row = single_ ? member_ : 0;
     const int16_t* input = &net_.input[first_row * net_.wider];
     const float* input_scale = &net_.input_scale[first_row];
-    each(w.panels, std::max(1, 1536 / w.pairs), [&](int p) {
+    const int8_t* later = next.weights(std::min(member_ * chunk(next), next.panels - 1));
+    each(w.panels, chunk(w), -1, [&](int p, int after) {
+      int32_t sums[kRows][kPanel];
+      dot_panel(w.weights(p), after < 0 ? later : w.weights(after), input, net_.wider, w.pairs, n, sums);
       const int o = p * kPanel;
-      const F8 scale_low = load<F8>(&w.scale[o]), scale_high = load<F8>(&w.scale[o + 8]);
-      const F8 bias_low = load<F8>(&w.bias[o]), bias_high = load<F8>(&w.bias[o + 8]);
-      dot_panel(w.panel(p), input, net_.wider, w.pairs, n, [&](int first, int count, const int32_t (*sums)[kPanel]) {
-        for (int r = 0; r < count; r++) {
-          const float scale = input_scale[first + r];
-          const F8 low = __builtin_convertvector(load<I8>(sums[r]), F8);
-          const F8 high = __builtin_convertvector(load<I8>(sums[r] + 8), F8);
-          give(first + r, o, low * (scale_low * scale) + bias_low, high * (scale_high * scale) + bias_high);
-        }
-      });
+      const F8 scale_low = load<F8>(w.scales(p)), scale_high = load<F8>(w.scales(p) + 8);
+      const F8 bias_low = load<F8>(w.biases(p)), bias_high = load<F8>(w.biases(p) + 8);
+      for (int r = 0; r < n; r++) {
+        const F8 low = __builtin_convertvector(load<I8>(sums[r]), F8);
+        const F8 high = __builtin_convertvector(load<I8>(sums[r] + 8), F8);
+        const float scale = input_scale[r];
+        give(r, o, low * (scale_low * scale) + bias_low, high * (scale_high * scale) + bias_high);
+      }
     });
   }
 
-  // One head over the rows of one sequence: their keys and values join the slot, then each looks back.
-  void attend(int layer, int h, const Run& run) {
+  // Keys and values of a run join its slot before its rows look back; a run of one row does both at once.
+  void attention(int layer) {
+    const int heads = net_.heads, runs = int(net_.runs.size()), groups = int(net_.groups.size());
+    const bool apart = groups > runs;
+    if (apart) each(runs * heads, 1, [&](int i) { remember(layer, i % heads, net_.runs[i / heads]); });
+    each(groups * heads, 1, [&](int i) {
+      const Run& group = net_.groups[i / heads];
+      if (!apart) remember(layer, i % heads, group);
+      look_back(layer, i % heads, group);
+    });
+  }
+
+  // Keys and values of one head and the rows of one sequence, into the slot.
+  void remember(int layer, int h, const Run& run) {
     const int D = net_.head_width;
-    const Row& first = net_.rows[run.first];
-    uint16_t* keys = net_.keys(first, layer, h);
-    uint16_t* values = net_.values(first, layer, h);
+    uint16_t* keys = net_.keys(net_.rows[run.first], layer, h);
+    uint16_t* values = net_.values(net_.rows[run.first], layer, h);
     float* padded = scratch_;
     std::fill(padded, padded + net_.padded_head, 0.f);
     for (int r = run.first; r < run.first + run.count; r++) {
@@ -227,9 +324,15 @@ class Walk {
       std::copy(k + net_.width, k + net_.width + D, padded);
       for (int d = 0; d < D; d += 8) store_half(values + position * net_.padded_head + d, load<F8>(padded + d));
     }
-    int r = run.first;
-    for (; r + kQueries <= run.first + run.count; r += kQueries) look_back<kQueries>(r, h, keys, values);
-    for (; r < run.first + run.count; r++) look_back<1>(r, h, keys, values);
+  }
+
+  void look_back(int layer, int h, const Run& group) {
+    const uint16_t* keys = net_.keys(net_.rows[group.first], layer, h);
+    const uint16_t* values = net_.values(net_.rows[group.first], layer, h);
+    int r = group.first;
+    const int stop = r + group.count;
+    for (; r + kQueries <= stop; r += kQueries) look_back<kQueries>(r, h, keys, values);
+    for (; r < stop; r++) look_back<1>(r, h, keys, values);
   }
 
   // softmax(q K^T / sqrt(D)) V for Q rows of one sequence that follow each other.
@@ -327,10 +430,10 @@ class Walk {
       net_.input_offset[to] = sum(total);
     });
     const float* offset = &net_.input_offset[single_ ? member_ : 0];
-    matmul(net_.head, n, [&](int i, int o, F8 low, F8 high) {
-      float sixteen[16];
+    matmul(net_.head, net_.layers[0].c_attn, n, [&](int i, int o, F8 low, F8 high) {
+      float sixteen[kPanel];
       put(sixteen, low + offset[i], high + offset[i]);
-      std::copy(sixteen, sixteen + std::min(16, net_.vocab - o), net_.logits + size_t(i) * net_.vocab + o);
+      std::copy(sixteen, sixteen + std::min(kPanel, net_.vocab - o), net_.logits + size_t(i) * net_.vocab + o);
     });
   }
 
@@ -343,16 +446,39 @@ class Walk {
 
 void Network::step() {
   for (const Row& row : rows)
-    if (!slots[row.slot]) slots[row.slot] = Buffer<uint16_t>(n_layer * (key_size + value_size));
-  runs.clear();
+    if (!slots[row.slot]) slots[row.slot] = new_slot();
+  runs.clear(), groups.clear();
   for (int r = 0; r < int(rows.size()); r++) {
-    if (r && rows[r].slot == rows[r - 1].slot && rows[r].position == rows[r - 1].position + 1)
+    const bool joins = r && rows[r].slot == rows[r - 1].slot;
+    if (joins)
       runs.back().count++;
     else
       runs.push_back({r, 1});
+    if (joins && groups.back().count < kGroup)
+      groups.back().count++;
+    else
+      groups.push_back({r, 1});
   }
   team.run([](void* self, int member) { Walk(*static_cast<Network*>(self), member).all_layers(); }, this,
-           n_layer * 9 + 3);
+           n_layer * 10 + 3);
+}
+
+void Network::pack(Linear& linear, const int8_t* from, const float* scale, const float* bias) {
+  struct Job {
+    Team& team;
+    const Linear& linear;
+    const int8_t* from;
+    const float *scale, *bias;
+    std::vector<int64_t> heaviest;
+  } job{team, linear, from, scale, bias, std::vector<int64_t>(linear.panels)};
+  team.run(
+      [](void* self, int) {
+        Job& job = *static_cast<Job*>(self);
+        for (int p; (p = job.team.take(0, 1)) < job.linear.panels;)
+          job.heaviest[p] = job.linear.pack(p, job.from, job.scale, job.bias);
+      },
+      &job, 1);
+  linear.set_limit(*std::max_element(job.heaviest.begin(), job.heaviest.end()));
 }
 
 }  // namespace gpt2
@@ -362,30 +488,26 @@ using gpt2::Network;
 
 #define GPT2_API extern "C" __attribute__((visibility("default")))
 
-GPT2_API Network* gpt2_new(int vocab, int context, int n_layer, int heads, int width, float epsilon, int slots,
-                           int threads) try {
-  return new Network(vocab, context, n_layer, heads, width, epsilon, slots, threads);
+GPT2_API Network* gpt2_new(int vocab, int context, int n_layer, int heads, int width, float epsilon, int tied,
+                           int slots, int threads) try {
+  return new Network(vocab, context, n_layer, heads, width, epsilon, tied, slots, threads);
 } catch (...) {
   return nullptr;
 }
 
 GPT2_API void gpt2_free(Network* net) { delete net; }
 
-// Matrix `kind` of a layer: 0 c_attn, 1 attn.c_proj, 2 c_fc, 3 mlp.c_proj; of layer n_layer: 0 head, 1 embedding.
+// Matrix `kind` of a layer: 0 c_attn, 1 attn.c_proj, 2 c_fc, 3 mlp.c_proj; of layer n_layer: 0 head, 1 embedding,
+// which is there if the network was made with tied = 0.
 // weights (out, in) int8, scale (out) and bias (out) or null; all are copied.
 GPT2_API int gpt2_set_matrix(Network* net, int layer, int kind, const int8_t* weights, const float* scale,
                              const float* bias) try {
-  const int C = net->width;
   if (layer == net->n_layer) {
-    (kind == 0 ? net->head : net->embedding).pack(C, net->vocab, weights, scale, nullptr);
-    return 0;
-  }
-  gpt2::Layer& to = net->layers[layer];
-  switch (kind) {
-    case 0: to.c_attn.pack(C, 3 * C, weights, scale, bias); break;
-    case 1: to.attn_proj.pack(C, C, weights, scale, bias); break;
-    case 2: to.c_fc.pack(C, 4 * C, weights, scale, bias); break;
-    case 3: to.mlp_proj.pack(4 * C, C, weights, scale, bias); break;
+    net->pack(kind == 0 ? net->head : net->embedding, weights, scale, bias);
+  } else {
+    gpt2::Layer& to = net->layers[layer];
+    gpt2::Linear* matrices[] = {&to.c_attn, &to.attn_proj, &to.c_fc, &to.mlp_proj};
+    net->pack(*matrices[kind], weights, scale, bias);
   }
   return 0;
 } catch (...) {
@@ -399,8 +521,8 @@ GPT2_API void gpt2_set_vector(Network* net, int kind, const float* from) {
     std::copy(from + size_t(r) * net->width, from + size_t(r + 1) * net->width, to[kind]->get() + r * net->wide);
 }
 
-// n tokens: those of one sequence in order, all else as you like. outputs: numbers of the rows, ascending, whose
-// logits (n_out, vocab) are wanted. Arguments out of range are the caller's fault and not looked for.
+// n tokens: those of one sequence side by side and in order. outputs: numbers of the rows, ascending, whose logits
+// (n_out, vocab) are wanted. Arguments out of range are the caller's fault and not looked for.
 GPT2_API int gpt2_step(Network* net, int n, const int32_t* ids, const int32_t* slots, const int32_t* positions,
                        int n_out, const int32_t* outputs, float* logits) try {
   for (int first = 0, out = 0; first < n; first += gpt2::kRows) {
@@ -416,11 +538,16 @@ GPT2_API int gpt2_step(Network* net, int n, const int32_t* ids, const int32_t* s
   return -1;
 }
 
-// The slot `to` becomes what `from` is.
-GPT2_API int gpt2_copy_slot(Network* net, int from, int to) try {
-  const size_t size = net->n_layer * (net->key_size + net->value_size);
-  if (!net->slots[to]) net->slots[to] = gpt2::Buffer<uint16_t>(size);
-  if (net->slots[from]) std::copy(net->slots[from].get(), net->slots[from].get() + size, net->slots[to].get());
+// The slot `to` becomes what `from` is, as far as its first n tokens.
+GPT2_API int gpt2_copy_slot(Network* net, int from, int to, int n) try {
+  if (n == 0 || from == to) return 0;
+  if (!net->slots[to]) net->slots[to] = net->new_slot();
+  const gpt2::Row source{0, from, 0}, target{0, to, 0};
+  for (int layer = 0; layer < net->n_layer; layer++)
+    for (int h = 0; h < net->heads; h++) {
+      std::copy_n(net->keys(source, layer, h), gpt2::rounded(n, 8) * net->head_width, net->keys(target, layer, h));
+      std::copy_n(net->values(source, layer, h), size_t(n) * net->padded_head, net->values(target, layer, h));
+    }
   return 0;
 } catch (...) {
   return -1;
@@ -433,19 +560,61 @@ GPT2_API void gpt2_free_slot(Network* net, int slot) { net->slots[slot] = gpt2::
 // Gives the largest activation that the weights allow.
 GPT2_API int gpt2_dot(int n_in, int n_out, int n, const int8_t* weights, const int16_t* rows, int32_t* sums) try {
   const std::vector<float> scale(n_out);
-  gpt2::Linear w;
-  w.pack(n_in, n_out, weights, scale.data(), nullptr);
+  gpt2::Linear w(n_in, n_out);
+  const gpt2::Buffer<int8_t> packed(w.bytes());
+  w.packed = packed.get();
+  int64_t heaviest = 0;
+  for (int p = 0; p < w.panels; p++) heaviest = std::max(heaviest, w.pack(p, weights, scale.data(), nullptr));
+  w.set_limit(heaviest);
   const size_t stride = 2 * size_t(w.pairs);
   std::vector<int16_t> padded(n * stride);
   for (int r = 0; r < n; r++) std::copy(rows + size_t(r) * n_in, rows + size_t(r + 1) * n_in, &padded[r * stride]);
-  for (int p = 0; p < w.panels; p++)
-    gpt2::dot_panel(w.panel(p), padded.data(), stride, w.pairs, n,
-                    [&](int first, int count, const int32_t (*tile)[gpt2::kPanel]) {
-                      const int o = p * gpt2::kPanel, room = std::min(gpt2::kPanel, n_out - o);
-                      for (int r = 0; r < count; r++)
-                        std::copy(tile[r], tile[r] + room, sums + size_t(first + r) * n_out + o);
-                    });
+  const gpt2::Buffer<int32_t> room(size_t(n) * gpt2::kPanel);
+  auto tile = reinterpret_cast<int32_t(*)[gpt2::kPanel]>(room.get());
+  for (int p = 0; p < w.panels; p++) {
+    gpt2::dot_panel(w.weights(p), w.weights(0), padded.data(), stride, w.pairs, n, tile);
+    const int o = p * gpt2::kPanel;
+    for (int r = 0; r < n; r++) std::copy_n(tile[r], std::min(gpt2::kPanel, n_out - o), sums + size_t(r) * n_out + o);
+  }
   return w.limit;
 } catch (...) {
   return -1;
+}
+
+// For benchmarks: reads all weights once, each member its share in one straight walk, and does nothing with them; the
+// sum keeps the compiler from leaving it out. This is the limit of a step of one row.
+GPT2_API int64_t gpt2_read(Network* net) {
+  struct Job {
+    Network& net;
+    std::atomic<int64_t> total{0};
+  } job{*net};
+  net->team.run(
+      [](void* self, int member) {
+        Job& job = *static_cast<Job*>(self);
+        const size_t part = job.net.weight_bytes / job.net.team.size() / 256 * 256;
+        const int8_t* at = job.net.weights.get() + member * part;
+        gpt2::I8 sums[8] = {};
+        for (size_t i = 0; i < part; i += 256)
+          for (int j = 0; j < 8; j++) sums[j] += gpt2::load<gpt2::I8>(at + i + 32 * j);
+        for (const gpt2::I8& sum : sums) job.total += sum[0] + sum[5];
+      },
+      &job, 0);
+  return job.total;
+}
+
+// For benchmarks: on every member at once, `times` products of one panel of kBlock pairs with kMaxTile rows, all in
+// L1. This is the limit of many rows. Gives the operations, two a product.
+GPT2_API int64_t gpt2_multiply(Network* net, int times) {
+  net->team.run(
+      [](void* self, int) {
+        alignas(64) static const int8_t weights[gpt2::kBlock * gpt2::kPairBytes] = {};
+        static const int16_t rows[gpt2::kMaxTile * gpt2::kBlock * 2] = {};
+        int32_t sums[gpt2::kMaxTile][gpt2::kPanel];
+        for (int i = 0; i < *static_cast<int*>(self); i++) {
+          gpt2::dot_panel(weights, weights, rows, gpt2::kBlock * 2, gpt2::kBlock, gpt2::kMaxTile, sums);
+          asm volatile("" : : "r"(sums) : "memory");
+        }
+      },
+      &times, 0);
+  return int64_t(times) * net->team.size() * gpt2::kMaxTile * gpt2::kPanel * gpt2::kBlock * 2 * 2;
 }

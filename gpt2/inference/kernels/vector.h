@@ -12,6 +12,7 @@ namespace gpt2 {
 
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef int16_t S8 __attribute__((vector_size(16)));
 typedef uint16_t H8 __attribute__((vector_size(16)));
 
