@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from hard_weights import OFFSETS, SCALES, adapt, plant_column
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -109,7 +110,7 @@ def test_without_rounding_it_is_the_same_function(config: GPTConfig, monkeypatch
 
     monkeypatch.setattr(quantize, "_round", unrounded)
     model = network(config)
-    for plant in PLANTS.values():
+    for plant in (*SCALES.values(), plant_column):
         plant(model)
     same = int8_network(quantize_model(model))
     with torch.no_grad():
@@ -249,43 +250,6 @@ def test_nothing_is_copied_and_nothing_learns() -> None:
 # --- quality: a network trained here, hard weights planted in it
 
 
-def plant_layer_norm(model: GPT) -> None:
-    """A layer norm's channel x 64, the weight columns behind it / 64."""
-    with torch.no_grad():
-        for block in model.h:
-            for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
-                norm.weight[5] *= 64
-                norm.bias[5] *= 64
-                linear.weight[:, 5] /= 64
-
-
-def plant_values(model: GPT) -> None:
-    """Value rows of c_attn x 64, the columns of c_proj that read them / 64."""
-    with torch.no_grad():
-        for block in model.h:
-            for channel in (3, 17):
-                block.attn.c_attn.weight[2 * model.config.n_embd + channel] *= 64
-                block.attn.c_attn.bias[2 * model.config.n_embd + channel] *= 64
-                block.attn.c_proj.weight[:, channel] /= 64
-
-
-def plant_column(model: GPT) -> None:
-    """50 in one channel of every token's embedding."""
-    model.wte.weight.data[:, 9] += 50
-
-
-def plant_positions(model: GPT) -> None:
-    """50 in one channel of every position."""
-    model.wpe.weight.data[:, 9] += 50
-
-
-def plant_bias(model: GPT) -> None:
-    """50 in one channel from the middle of the network on."""
-    model.h[0].mlp.c_proj.bias.data[9] += 50
-
-
-PLANTS: dict[str, Callable[[GPT], None]] = {"layer norm": plant_layer_norm, "values": plant_values, "wte": plant_column}
-OFFSETS = {"wte": plant_column, "wpe": plant_positions, "bias": plant_bias}
 HELD_OUT = 16384
 STEPS = 150
 
@@ -329,27 +293,6 @@ def perplexity_rise(model: GPT, windows: Tensor) -> float:
     return math.expm1((log_likelihoods(model, windows) - log_likelihoods(quantized, windows)).mean().item())
 
 
-def normalised(model: GPT, norm: nn.Module, windows: Tensor) -> Tensor:
-    """(n, C) what the layer norm gives before its scale and offset."""
-    seen: list[Tensor] = []
-    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-    model(windows[:, :-1])
-    handle.remove()
-    return F.layer_norm(seen[0], seen[0].shape[-1:])
-
-
-@torch.no_grad()
-def adapt(model: GPT, reference: GPT, windows: Tensor) -> None:
-    """Sets each layer norm so that it gives nearly what it gave before the plant, as training would have."""
-    for norm, as_was in zip(
-        *([m for m in n.modules() if isinstance(m, nn.LayerNorm)] for n in (model, reference)), strict=True
-    ):
-        now, before = normalised(model, norm, windows[:8]), normalised(reference, as_was, windows[:8])
-        ratio = (before - before.mean(0)).std() / (now - now.mean(0)).std()
-        norm.bias += norm.weight * (before.mean(0) - ratio * now.mean(0))
-        norm.weight *= ratio
-
-
 def test_the_trained_network_has_learned(trained: GPT, speeches: tuple[Tensor, Tensor]) -> None:
     assert -log_likelihoods(trained, speeches[1]).mean() < 2.6  # of 5.5 for an even guess
 
@@ -358,11 +301,11 @@ def test_int8_costs_a_trained_network_nothing(trained: GPT, speeches: tuple[Tens
     assert abs(perplexity_rise(trained, speeches[1])) < 0.001
 
 
-@pytest.mark.parametrize("plants", [["layer norm"], ["values"], ["layer norm", "values"]], ids="+".join)
+@pytest.mark.parametrize("plants", [["layer norm"], ["values"], list(SCALES)], ids="+".join)
 def test_planted_scales_change_nothing(trained: GPT, speeches: tuple[Tensor, Tensor], plants: list[str]) -> None:
     model = copy.deepcopy(trained)
     for name in plants:
-        PLANTS[name](model)
+        SCALES[name](model)
     with torch.no_grad():
         torch.testing.assert_close(
             model(speeches[1][:8, :-1])[0], trained(speeches[1][:8, :-1])[0], rtol=1e-4, atol=1e-4
@@ -378,7 +321,7 @@ def test_a_planted_offset_hardly_costs(trained: GPT, speeches: tuple[Tensor, Ten
     model, windows = copy.deepcopy(trained), speeches[1]
     OFFSETS[name](model)
     if adapted:
-        adapt(model, trained, windows)
+        adapt(model, trained, windows[:8, :-1])
         assert (log_likelihoods(trained, windows) - log_likelihoods(model, windows)).mean() < 0.1
     assert abs(perplexity_rise(model, windows)) < 0.005
 
@@ -386,9 +329,9 @@ def test_a_planted_offset_hardly_costs(trained: GPT, speeches: tuple[Tensor, Ten
 def test_all_plants_together_hardly_cost(trained: GPT, speeches: tuple[Tensor, Tensor]) -> None:
     model, windows = copy.deepcopy(trained), speeches[1]
     plant_column(model)
-    adapt(model, trained, windows)
-    plant_layer_norm(model)
-    plant_values(model)
+    adapt(model, trained, windows[:8, :-1])
+    for plant in SCALES.values():
+        plant(model)
     assert abs(perplexity_rise(model, windows)) < 0.005
 
 
