@@ -43,29 +43,32 @@ def write_gguf(
     types = gguf.GGMLQuantizationType
     matrix = {"f16": types.F16, "q8_0": types.Q8_0}[quant]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    tensors = [
-        (names.get_name(f"transformer.{ours}" if ours != "lm_head.weight" else ours, (".weight", ".bias")), tensor)
-        for ours, tensor in _stored(config, weights)
-    ]
 
-    def type_of(their_name: str, tensor: Tensor) -> Any:
-        return matrix if tensor.dim() == 2 and their_name != "position_embd.weight" else types.F32
+    def their_name(ours: str) -> str:
+        name = names.get_name(ours if ours == "lm_head.weight" else f"transformer.{ours}", (".weight", ".bias"))
+        assert name is not None, f"the gguf package has no name for {ours}"
+        return name
+
+    tensors = [(their_name(ours), tensor) for ours, tensor in _stored(config, weights)]
+
+    def type_of(name: str, tensor: Tensor) -> Any:
+        return matrix if tensor.dim() == 2 and name != "position_embd.weight" else types.F32
 
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "gpt2")
         try:
             _add_facts(writer, gguf, config, tokenizer, name, quant)
-            for their_name, tensor in tensors:
-                kind = type_of(their_name, tensor)
+            for name, tensor in tensors:
+                kind = type_of(name, tensor)
                 block, size = gguf.GGML_QUANT_SIZES[kind]
                 shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)  # the last in bytes
-                writer.add_tensor_info(their_name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+                writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for their_name, tensor in tensors:  # packed one by one: memory holds the model once
+            for name, tensor in tensors:  # packed one by one: memory holds the model once
                 values = tensor.detach().cpu().float().contiguous().numpy()
-                packed = gguf.quants.quantize(values, type_of(their_name, tensor))
+                packed = gguf.quants.quantize(values, type_of(name, tensor))
                 writer.write_tensor_data(packed.view(np.uint8))
         finally:
             writer.close()
