@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -100,7 +101,6 @@ class NativeDecoder:
         Raises RequestError for weights that are not of their shape or kind, WorkError where the kernels cannot be used
         or memory does not suffice.
         """
-        self._network: int | None = None
         self._library, reason = _library()
         if self._library is None:
             raise WorkError(f"the int8 kernels cannot be used: {reason}")
@@ -114,11 +114,12 @@ class NativeDecoder:
         self._lock, self._process = threading.Lock(), os.getpid()
         self._lengths = [0] * slots
         c, tied = weights.config, weights.lm_head is None
-        self._network = self._library.gpt2_new(
+        self._network: int | None = self._library.gpt2_new(
             c.vocab_size, c.n_ctx, c.n_layer, c.n_head, c.n_embd, c.layer_norm_epsilon, tied, slots, self.threads
         )
         if not self._network:
             raise WorkError("not enough memory for the int8 weights")
+        weakref.finalize(self, _free, self._library, self._network, self._process)
         for i, layer in enumerate(weights.layers):
             for kind, matrix in enumerate((layer.c_attn, layer.attn_c_proj, layer.c_fc, layer.mlp_c_proj)):
                 self._set_matrix(i, kind, matrix)
@@ -129,12 +130,6 @@ class NativeDecoder:
         for kind, vector in enumerate(vectors):
             vector = vector.detach().contiguous()
             self._library.gpt2_set_vector(self._network, kind, vector.data_ptr())
-
-    def __del__(self) -> None:
-        # In a forked child the team's threads do not exist and nobody could end them.
-        if self._network and self._library is not None and self._process == os.getpid():
-            self._library.gpt2_free(self._network)
-            self._network = None
 
     def step(
         self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int], outputs: Sequence[int]
@@ -229,6 +224,11 @@ class NativeDecoder:
                 raise RequestError(f"position {position} of slot {slot}, which holds {self._lengths[slot]} tokens")
             lengths[slot] = position + 1
         return lengths
+
+
+def _free(library: ctypes.CDLL, network: int, process: int) -> None:
+    if process == os.getpid():  # in a forked child the team's threads do not exist and nobody could end them
+        library.gpt2_free(network)
 
 
 def _check_weights(weights: "QuantizedWeights") -> None:

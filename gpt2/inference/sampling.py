@@ -38,12 +38,13 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from (vocab_size,) logits. Raises WorkError where one is NaN or all are infinite."""
     row = _numpy(logits)
-    if not math.isfinite(row.max()):  # NaN where any is NaN
+    best = int(row.argmax())  # the first NaN where there is one
+    if not math.isfinite(row[best]):
         raise WorkError(
             "the model's output is not a number: its weights are spoilt; take an earlier checkpoint or another model"
         )
     if sampling.temperature == 0:
-        return int(row.argmax())
+        return best
     below = _probabilities(row, sampling).cumsum(dtype=np.float64)
     drawn = torch.rand((), dtype=torch.float64, generator=generator).item() * below[-1]  # in [0, all of it)
     return int(below.searchsorted(drawn, side="right"))

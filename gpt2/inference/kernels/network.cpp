@@ -353,6 +353,7 @@ class Walk {
         for (auto& of_block : of_query) of_block = all(0.f);
       const uint16_t* block = keys + size_t(first) * D;
       for (int d = 0; d < D; d++) {
+        if (Q == 1) __builtin_prefetch(block + kPositions * (D + d), 0, 2);  // the next keys: one row waits for memory
         F8 key[kBlocks];
 #pragma GCC unroll 4
         for (int b = 0; b < kBlocks; b++) key[b] = load_half(block + (b * D + d) * 8);
@@ -399,6 +400,8 @@ class Walk {
     for (auto& of_query : total)
       for (auto& of_dims : of_query) of_dims = all(0.f);
     for (int p = 0; p < length; p++, values += net_.padded_head) {
+      if (Q == 1)
+        for (int d = 0; d < Dims; d += 4) __builtin_prefetch(values + 32 * net_.padded_head + d * 8, 0, 2);
 #pragma GCC unroll 8
       for (int d = 0; d < Dims; d++) {
         const F8 value = load_half(values + d * 8);
