@@ -17,9 +17,8 @@ import common
 from gpt2.bench.worker import Worker, start_all, take_turns
 from gpt2.config import Config, from_dict, preset
 from gpt2.data.prepare import prepare
-from gpt2.distributed import find_device, multiplies_bf16_fast
+from gpt2.distributed import can_compile, find_device, multiplies_bf16_fast
 from gpt2.model import flops_per_token
-from gpt2.training.run import can_compile
 
 CONTEXTS, WIDTHS = (256, 512, 1024, 2048), (128, 256, 384, 512, 768)
 WIDTH, CONTEXT = 384, 256  # of the other sweep

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -213,6 +215,14 @@ def find_device(name: str = "auto") -> torch.device:
     if not 0 <= (device.index or 0) < count:
         raise RequestError(f"the device {name!r} is not here: this machine has {count} of type {device.type}")
     return device
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has its tools: Triton on a GPU, a C++ compiler on a CPU."""
+    if device.type == "cpu":  # the compiler that torch itself looks for
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        return shutil.which(os.environ.get("CXX", usual)) is not None
+    return device.type == "cuda"
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:

@@ -103,7 +103,9 @@ class _Ours:
 
         torch.set_num_threads(shape.threads)
         quantised = converted / "int8"
-        self.engine = load(quantised if quantised.is_dir() else model, shape.device, slots=shape.batch)
+        on_gpu = shape.device.startswith("cuda")
+        weights = quantised if quantised.is_dir() else model
+        self.engine = load(weights, shape.device, slots=shape.batch, compile=on_gpu)
         self.setting: dict[str, Any] = {"weights": "int8", "decoder": type(self.engine.decoder).__name__}
 
     def generate(self, prompts: Ids, tokens: int) -> list[list[int]]:

@@ -18,12 +18,11 @@ from gpt2.bench.machine import machine
 from gpt2.bench.worker import START_SHARE, Say, Worker, start_all, take_turns
 from gpt2.config import Config, from_dict, preset
 from gpt2.data.shards import Dataset
-from gpt2.distributed import find_device, multiplies_bf16_fast
+from gpt2.distributed import can_compile, find_device, multiplies_bf16_fast
 from gpt2.doctor import memory
 from gpt2.errors import RequestError
 from gpt2.model import flops_per_token
 from gpt2.training.peak import device_peak
-from gpt2.training.run import can_compile
 
 # Loss differences that are allowed, as a part of the first loss. A loss is log Σ exp z - z_y: logits z that are off by
 # a part u move it by at most u (|log Σ exp z| + |z_y|), which at the start is u ln V, the first loss.

@@ -15,11 +15,10 @@ from gpt2.bench.ladder import base_config, free_memory
 from gpt2.bench.machine import machine
 from gpt2.bench.worker import START_SHARE, Say, Worker, start_all, take_turns
 from gpt2.config import from_dict
-from gpt2.distributed import find_device, multiplies_bf16_fast
+from gpt2.distributed import can_compile, find_device, multiplies_bf16_fast
 from gpt2.errors import RequestError, WorkError
 from gpt2.model import flops_per_token
 from gpt2.training.peak import device_peak
-from gpt2.training.run import can_compile
 
 
 def parse_peers(against: Sequence[str]) -> list[tuple[str, str]]:

@@ -93,9 +93,9 @@ def _loss(args: Eval) -> Outcome:
 
 
 def _hellaswag(args: Eval) -> Outcome:
+    from gpt2.distributed import can_compile
     from gpt2.evaluation.hellaswag import evaluate_hellaswag, read_items, tokenize
     from gpt2.inference.engine import load
-    from gpt2.training.run import can_compile
 
     engine = load(args.model, args.device)
     device = next(engine.model.parameters()).device

@@ -34,6 +34,8 @@ class Sample:
     """Seed of the choice; the same seed gives the same text."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu) or a torch device."""
+    compile: bool = False
+    """Compile the step from token to token: worth it from some thousands of tokens on, on a GPU most of all."""
     json: Json = False
     """Print one JSON object as the last line."""
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> Outcome:
         raise RequestError(f"-n {args.n} must be at least 1")
     from gpt2.inference.engine import load
 
-    engine = load(args.model, args.device)
+    engine = load(args.model, args.device, compile=args.compile)
     options: dict[str, Any] = {
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,

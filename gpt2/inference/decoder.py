@@ -1,7 +1,8 @@
 """What generation asks of a network: logits for tokens of several sequences, each of which has a slot for its past.
 
 A sequence's tokens may come many at once (prefill) or one by one (decode), beside tokens of other sequences of other
-lengths. `TorchDecoder` does it with any GPT on any device, native.NativeDecoder with int8 weights on a CPU.
+lengths. `TorchDecoder` does it with any GPT on any device, compiled.CompiledDecoder quicker after compiling,
+native.NativeDecoder with int8 weights on a CPU.
 """
 
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class TorchDecoder:
     def _device(self) -> torch.device:
         return self.model.wpe.weight.device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors a compiled step could not take for its own
     def step(
         self, ids: Sequence[int], slots: Sequence[int], positions: Sequence[int], outputs: Sequence[int]
     ) -> Tensor:
@@ -88,10 +89,8 @@ class TorchDecoder:
         """T tokens of one sequence: (len(wanted), vocab_size)."""
         idx = torch.tensor([list(ids)], device=self._device)  # (1, T)
         at = torch.tensor(wanted, dtype=torch.int64, device=self._device)
-        logits: Tensor = self.model(idx, cache=self._cache.of_one(slot, position), at=at)[
-            0
-        ]  # (len(wanted), vocab_size)
-        return logits
+        logits: Tensor = self.model(idx, cache=self._cache.of_one(slot, position), at=at)[0]
+        return logits  # (len(wanted), vocab_size)
 
     def copy_slot(self, source: int, to: int) -> None:
         """`to` holds what `source` holds."""

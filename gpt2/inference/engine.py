@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import resolve_model
-from gpt2.distributed import find_device
+from gpt2.distributed import can_compile, find_device, multiplies_bf16_fast
 from gpt2.errors import RequestError
+from gpt2.inference.compiled import CompiledDecoder
 from gpt2.inference.decoder import Decoder, TorchDecoder, UncachedDecoder
 from gpt2.inference.native import NativeDecoder, kernels_available
 from gpt2.inference.quantize import int8_network, is_quantized, read_quantized
@@ -268,7 +269,8 @@ class Engine:
                 outputs.append(len(ids) - 1)
                 chosen.append(completion)
         if ids:
-            for completion, logits in zip(chosen, self.decoder.step(ids, slots, positions, outputs), strict=True):
+            rows = self.decoder.step(ids, slots, positions, outputs).cpu()  # (len(chosen), vocab_size)
+            for completion, logits in zip(chosen, rows, strict=True):
                 completion._choose(logits)
         self._leave()
         return bool(ids)
@@ -339,29 +341,39 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def load(model: str | Path, device: str = "auto", slots: int = SLOTS) -> Engine:
+def load(model: str | Path, device: str = "auto", slots: int = SLOTS, compile: bool = False) -> Engine:
     """The engine of MODEL: a run (its newest checkpoint), a checkpoint, an int8 directory, a Hugging Face GPT-2
     directory or id.
 
     slots: completions in flight at most. An int8 directory on a CPU is run by the kernels, where they can be built;
     else, after a warning, by torch.
-    Raises RequestError where it is no GPT-2 or has no tokenizer, WorkError where a run has no good checkpoint.
+    compile: what torch decodes goes through a compiled step, on a GPU one CUDA graph; an int8 directory then in
+    bfloat16 where the device multiplies it fast. The first tokens take up to a minute.
+    Raises RequestError where it is no GPT-2, has no tokenizer or nothing can be compiled, WorkError where a run has
+    no good checkpoint.
     """
     directory = hf.local_directory(resolve_model(model))
     found = find_device(device)
+    if compile and not can_compile(found):
+        raise RequestError(f"torch.compile has no compiler for {found} here (see gpt2 doctor): leave --compile out")
+    decoder_of = CompiledDecoder if compile else TorchDecoder
     if not is_quantized(directory):
-        network = GPT.from_pretrained(directory)
+        network = GPT.from_pretrained(directory).to(found)
         tokenizer = _tokenizer(directory, network.config.vocab_size)
-        return Engine(network.to(found), tokenizer, slots=slots)
+        return Engine(network, tokenizer, decoder=decoder_of(network, slots))
     weights = read_quantized(directory)
     tokenizer = _tokenizer(directory, weights.config.vocab_size)
     why_not = kernels_available() if found.type == "cpu" else "they are for a CPU"
-    if why_not is None:
-        decoder = NativeDecoder(weights, slots)  # has its own copy: `weights` are dropped, and read again if asked for
-        return Engine(lambda: int8_network(read_quantized(directory)), tokenizer, decoder=decoder)
+    again = lambda: int8_network(read_quantized(directory)).to(found)  # noqa: E731
+    if why_not is None:  # the kernels have their own copy: `weights` are dropped, and read again if asked for
+        return Engine(again, tokenizer, decoder=NativeDecoder(weights, slots))
     if found.type == "cpu":
         warnings.warn(f"the int8 kernels cannot be used, torch does the work, far slower: {why_not}", stacklevel=2)
-    return Engine(int8_network(weights).to(found), tokenizer, slots=slots)
+    network = int8_network(weights).to(found)
+    if not compile:
+        return Engine(network, tokenizer, slots=slots)
+    kind = torch.bfloat16 if multiplies_bf16_fast(found) else torch.float32
+    return Engine(again, tokenizer, decoder=CompiledDecoder(network.to(kind), slots))
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

@@ -12,9 +12,12 @@ class KVCache:
     """A slot a sequence, each preallocated for a whole context: 2 x n_layer x n_ctx x n_embd numbers (75 MB for GPT-2
     small in float32)."""
 
-    def __init__(self, config: GPTConfig, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: GPTConfig, slots: int, device: torch.device, dtype: torch.dtype, room: int | None = None
+    ) -> None:
+        """room: tokens of a slot at most; n_ctx unless given."""
         heads, width = config.n_head, config.n_embd // config.n_head
-        shape = (config.n_layer, slots, heads, config.n_ctx, width)
+        shape = (config.n_layer, slots, heads, room or config.n_ctx, width)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
 

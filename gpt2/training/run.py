@@ -2,14 +2,9 @@
 
 import dataclasses
 import importlib.util
-import os
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gpt2 import hf
 from gpt2.checkpoint.directory import is_run, newest_good_checkpoint, resolve_model
@@ -25,7 +20,7 @@ from gpt2.config import (
     to_toml,
 )
 from gpt2.data.shards import Dataset
-from gpt2.distributed import Distributed, multiplies_bf16_fast
+from gpt2.distributed import Distributed, can_compile, multiplies_bf16_fast
 from gpt2.errors import RequestError, WorkError
 from gpt2.evaluation.hellaswag import Items, read_items, tokenize
 from gpt2.files import new_directory
@@ -214,14 +209,6 @@ def check_text(dataset: Dataset, model: GPTConfig, train: TrainConfig) -> list[s
         f"the text is small: a step takes {at_once} windows of {model.n_ctx} tokens, all of the text is {windows}; "
         f"every step goes through it {at_once / windows:.1f} times (--train.batch-tokens {windows * model.n_ctx}: once)"
     ]
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has its tools: Triton on a GPU, a C++ compiler on a CPU."""
-    if device.type == "cpu":  # the compiler that torch itself looks for
-        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        return shutil.which(os.environ.get("CXX", usual)) is not None
-    return device.type == "cuda"
 
 
 def _pretrained_shape(model: str, config: Config) -> tuple[GPTConfig, Tokenizer | None]:

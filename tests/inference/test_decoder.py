@@ -1,6 +1,7 @@
 """Many sequences in flight: the logits of the training network, and for each the tokens that it would get alone."""
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from gpt2.config import GPTConfig
 from gpt2.errors import RequestError
+from gpt2.inference.compiled import CompiledDecoder
 from gpt2.inference.decoder import Decoder, TorchDecoder, UncachedDecoder
 from gpt2.inference.engine import Completion, Engine
 from gpt2.inference.native import NativeDecoder
@@ -32,7 +34,13 @@ def native(model: GPT, slots: int) -> NativeDecoder:
     return NativeDecoder(quantize_model(model), slots, threads=1)
 
 
-MAKERS = [TorchDecoder, UncachedDecoder, native]
+def static(model: GPT, slots: int) -> CompiledDecoder:
+    """Its shapes and its cache, without the compiler, which takes long."""
+    with patch.object(torch, "compile", lambda step, **options: step):
+        return CompiledDecoder(model, slots)
+
+
+MAKERS = [TorchDecoder, UncachedDecoder, static, native]
 
 
 @pytest.mark.parametrize("attention", ["explicit", "flash"])
@@ -99,7 +107,7 @@ def alone(make: Callable[[GPT, int], Decoder], model: GPT, request: tuple[bytes,
     return engine.generate(list(prompt), tokens, temperature=1.0, seed=seed)
 
 
-@pytest.mark.parametrize("make", [TorchDecoder, native])
+@pytest.mark.parametrize("make", [TorchDecoder, static, native])
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.binary(min_size=1, max_size=24), st.integers(0, 30), st.integers(0, 9)), max_size=7),
