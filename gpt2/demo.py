@@ -16,7 +16,7 @@ from gpt2.data.shards import Dataset
 from gpt2.errors import RequestError
 from gpt2.evaluation.loss import evaluate_model_loss
 from gpt2.inference.engine import Engine, load
-from gpt2.inference.quantize import quantize_model, write_quantized
+from gpt2.inference.quantize import is_quantized, quantize_model, write_quantized
 from gpt2.report.plots import plot_loss
 from gpt2.training.loop import train
 from gpt2.training.metrics import read_metrics
@@ -96,7 +96,7 @@ def _quantize(
 ) -> dict[str, Any]:
     """Makes the int8 model; compares size, speed of generation and bits per byte."""
     say(f"6. int8 -> {directory}")
-    if not directory.exists():
+    if not is_quantized(directory):
         write_quantized(quantize_model(engine.model), directory, engine.tokenizer)
     small = load(directory)
     sizes = [sum(p.numel() * p.element_size() for p in engine.model.parameters())]

@@ -1,7 +1,8 @@
 """What this machine offers to training and inference, what is missing, and the mend.
 
 `diagnose()` gives a list of checks, `print_report` a table of them, `to_dict` the same for JSON. Nothing is
-changed on the machine; the only files written are torch.compile's own cache, and only with `deep=True`.
+changed on the machine; the only files written are torch.compile's own cache and the int8 kernels, and only with
+`deep=True`.
 """
 
 import hashlib
@@ -87,6 +88,7 @@ def diagnose(directory: Path | None = None, deep: bool = False) -> list[Check]:
     checks += [_check_memory(), _check_compiler(torch, deep)]
     if torch is not None:
         checks += [_check_bf16(torch), _check_flash_attention(torch), _check_processes(torch)]
+        checks += [_check_kernels()] if deep else []
     checks += [_check_disk(directory or Path.cwd()), _check_merges(), *_check_optional()]
     return checks
 
@@ -216,9 +218,9 @@ def _check_compiler(torch: ModuleType | None, deep: bool) -> Check:
         if other:
             mend = f"torch.compile looks for it: export CXX={other}"
         elif sys.platform == "darwin":
-            mend = "for torch.compile: xcode-select --install"
+            mend = "for torch.compile and the int8 kernels: xcode-select --install"
         else:
-            mend = "for torch.compile: apt install g++ (or your system's like); else train.compile = false"
+            mend = "for torch.compile and the int8 kernels: apt install g++ (or your system's like)"
         return Check("c++ compiler", f"{wanted} is not here", None, mend)
     if not deep or torch is None:
         return Check("c++ compiler", path, True)
@@ -229,6 +231,16 @@ def _check_compiler(torch: ModuleType | None, deep: bool) -> Check:
         mend = f"torch.compile failed ({reason}): mend the compiler, or train.compile = false"
         return Check("c++ compiler", path, None, mend)
     return Check("c++ compiler", f"{path}, torch.compile works", True)
+
+
+def _check_kernels() -> Check:
+    """Builds them where they do not stand ready."""
+    from gpt2.inference.native import kernels_available
+
+    why_not = kernels_available()
+    return Check(
+        "int8 kernels", "they work" if why_not is None else f"torch does their work: {why_not}", why_not is None or None
+    )
 
 
 def compiles(torch: ModuleType) -> None:

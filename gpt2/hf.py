@@ -233,11 +233,13 @@ def local_directory(path_or_id: str | Path) -> Path:
     if os.path.isdir(path):  # where Path.is_dir raises (a name too long, a folder closed to us), this is False
         if not os.path.isfile(path / "config.json"):
             raise RequestError(
-                f"{path} holds no config.json: name a run, a checkpoint or a Hugging Face GPT-2 directory"
+                f"{path} holds no config.json: name a run, a checkpoint, an int8 or a Hugging Face GPT-2 directory"
             )
         return path
     if os.path.exists(path) or str(path_or_id).count("/") > 1 or str(path_or_id).startswith((".", "/", "~")):
-        raise RequestError(f"there is no directory {path}: name a run, a checkpoint or a Hugging Face GPT-2 model")
+        raise RequestError(
+            f"there is no directory {path}: name a run, a checkpoint, an int8 or a Hugging Face GPT-2 directory"
+        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -85,12 +85,12 @@ def program(name: str) -> Program:
 
 def _quantize(model: Path, out: Path) -> None:
     """Our own form: int8."""
-    from gpt2.inference.engine import load
+    from gpt2.inference.engine import load_network
     from gpt2.inference.quantize import is_quantized, quantize_model, write_quantized
 
     if not is_quantized(model):
-        engine = load(model, "cpu")
-        write_quantized(quantize_model(engine.model), out / "int8", engine.tokenizer)
+        network, tokenizer = load_network(model, "cpu")
+        write_quantized(quantize_model(network), out / "int8", tokenizer)
 
 
 class _Ours:
@@ -107,6 +107,8 @@ class _Ours:
         weights = quantised if quantised.is_dir() else model
         self.engine = load(weights, shape.device, slots=shape.batch, compile=on_gpu)
         self.setting: dict[str, Any] = {"weights": "int8", "decoder": type(self.engine.decoder).__name__}
+        if threads := getattr(self.engine.decoder, "threads", None):
+            self.setting["threads"] = threads
 
     def generate(self, prompts: Ids, tokens: int) -> list[list[int]]:
         completions = [self.engine.submit(list(ids), tokens, temperature=0.0, until_eot=False) for ids in prompts]
@@ -117,11 +119,10 @@ class _Ours:
 
 def _write_gguf(model: Path, out: Path) -> None:
     from gpt2.checkpoint.gguf import write_gguf
-    from gpt2.inference.engine import load
+    from gpt2.inference.engine import load_network
 
-    engine = load(model, "cpu")
-    network = engine.model
-    write_gguf(out / "model.gguf", network.config, network.state_dict(), engine.tokenizer, "gpt2", "q8_0")
+    network, tokenizer = load_network(model, "cpu")
+    write_gguf(out / "model.gguf", network.config, network.state_dict(), tokenizer, "gpt2", "q8_0")
 
 
 class _LlamaCpp:

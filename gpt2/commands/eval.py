@@ -16,7 +16,7 @@ class Eval:
     """What a model is worth: its loss on prepared data, its HellaSwag score, any task of lm-evaluation-harness."""
 
     model: tyro.conf.Positional[str]
-    """Run, checkpoint, or Hugging Face GPT-2 directory or id."""
+    """Run, checkpoint, int8 directory, or Hugging Face GPT-2 directory or id."""
     data: Path | None = None
     """loss: directory of token shards (gpt2 prepare), with the model's tokenizer."""
     task: str = "loss"
@@ -73,13 +73,11 @@ def _loss(args: Eval) -> Outcome:
         raise RequestError("--data is missing: --task loss needs the directory that `gpt2 prepare` made")
     from gpt2.data.shards import Dataset
     from gpt2.evaluation.loss import evaluate_model_loss
-    from gpt2.inference.engine import load
+    from gpt2.inference.engine import load_network
 
     dataset = Dataset.open(args.data)
-    engine = load(args.model, args.device)
-    result = evaluate_model_loss(
-        engine.model, engine.tokenizer, dataset, args.split, args.batch, args.windows, args.stride
-    )
+    model, tokenizer = load_network(args.model, args.device)
+    result = evaluate_model_loss(model, tokenizer, dataset, args.split, args.batch, args.windows, args.stride)
     if not math.isfinite(result.loss):
         raise WorkError(
             f"the loss of {args.model} is {result.loss}: its weights are spoilt; take an earlier checkpoint"
@@ -95,17 +93,17 @@ def _loss(args: Eval) -> Outcome:
 def _hellaswag(args: Eval) -> Outcome:
     from gpt2.distributed import can_compile
     from gpt2.evaluation.hellaswag import evaluate_hellaswag, read_items, tokenize
-    from gpt2.inference.engine import load
+    from gpt2.inference.engine import load_network
 
-    engine = load(args.model, args.device)
-    device = next(engine.model.parameters()).device
+    model, tokenizer = load_network(args.model, args.device)
+    device = model.wpe.weight.device
     if args.compile and not can_compile(device):
         raise RequestError("--compile needs a C++ compiler on a CPU, Triton on a GPU: leave it out")
-    n_ctx = engine.model.config.n_ctx
-    items = tokenize(read_items(args.file, args.items), engine.tokenizer, n_ctx)
+    n_ctx = model.config.n_ctx
+    items = tokenize(read_items(args.file, args.items), tokenizer, n_ctx)
     with working("HellaSwag") as progress:
         result = evaluate_hellaswag(
-            engine.model,
+            model,
             items,
             n_ctx,
             device,

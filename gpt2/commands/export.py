@@ -31,15 +31,14 @@ def main(argv: Sequence[str]) -> Outcome:
     """gpt2 export"""
     args = parse(Export, argv, "export")
     from gpt2.checkpoint.gguf import write_gguf
-    from gpt2.inference.engine import load
+    from gpt2.inference.engine import load_network
     from gpt2.inference.quantize import is_quantized
 
     if is_quantized(Path(args.model)):
         raise RequestError(f"{args.model} is int8: export the float model it was made from (--quant q8_0 for 8 bits)")
-    engine = load(args.model, "cpu")
-    model = engine.model
+    model, tokenizer = load_network(args.model, "cpu")
     name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
-    size = write_gguf(args.out, model.config, model.state_dict(), engine.tokenizer, name, args.quant)
+    size = write_gguf(args.out, model.config, model.state_dict(), tokenizer, name, args.quant)
     say(f"{args.out}: {size:,} bytes, {args.quant}\nnext: llama-cli -m {args.out} -p TEXT -no-cnv")
     result = {"format": args.format, "quant": args.quant, "file": str(args.out), "bytes": size}
     return Outcome(result, args.json)

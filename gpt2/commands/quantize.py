@@ -48,9 +48,10 @@ def main(argv: Sequence[str]) -> Outcome:
     from gpt2 import hf
     from gpt2.checkpoint.directory import resolve_model
     from gpt2.data.shards import Dataset
+    from gpt2.distributed import find_device
     from gpt2.evaluation.loss import check_tokenizer
     from gpt2.files import refuse_existing
-    from gpt2.inference.engine import load
+    from gpt2.inference.engine import load_network
     from gpt2.inference.quantize import int8_network, is_quantized, quantize_model, write_quantized
 
     try:
@@ -61,21 +62,21 @@ def main(argv: Sequence[str]) -> Outcome:
     directory = hf.local_directory(resolve_model(args.model))
     if is_quantized(directory):
         raise RequestError(f"{args.model} is int8 already: name the float model it was made from")
-    engine = load(directory, args.device if dataset else "cpu")
+    find_device(args.device)
+    model, tokenizer = load_network(directory, args.device if dataset else "cpu")
     if dataset:
-        check_tokenizer(engine.tokenizer, dataset)
+        check_tokenizer(tokenizer, dataset)
         dataset.split("val")
     started = time.perf_counter()
-    weights = quantize_model(engine.model)
-    write_quantized(weights, args.out, engine.tokenizer)
+    weights = quantize_model(model)
+    write_quantized(weights, args.out, tokenizer)
     seconds = time.perf_counter() - started
     before = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     after = (args.out / "model.safetensors").stat().st_size
-    say(f"{args.out}: {before:,} bytes of weights -> {after:,} ({before / after:.2f} times less), {seconds:.1f} s")
+    say(f"{args.out}: {before:,} bytes of weights -> {after:,} ({after / before:.1%}), {seconds:.1f} s")
     result: dict[str, Any] = {"out": str(args.out), "bytes_before": before, "bytes_after": after, "seconds": seconds}
     if dataset:
-        device = engine.model.wpe.weight.device
-        result |= _compare(args, engine.model, int8_network(weights).to(device), dataset)
+        result |= _compare(args, model, int8_network(weights).to(model.wpe.weight.device), dataset)
     say(f"next: gpt2 sample {args.out} --prompt TEXT")
     return Outcome(result, args.json)
 

@@ -15,7 +15,7 @@ class Sample:
     """Continue a prompt."""
 
     model: tyro.conf.Positional[str]
-    """Run, checkpoint, or Hugging Face GPT-2 directory or id."""
+    """Run, checkpoint, int8 directory, or Hugging Face GPT-2 directory or id."""
     prompt: str = ""
     """Text to continue; empty: a new document."""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 1

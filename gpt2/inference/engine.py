@@ -3,7 +3,7 @@
 prompt ─ ids ─ prefill: its tokens, many at once ─ decode: a token a step, beside those of other sequences ─ text
 
 Any number of completions may be in flight. They join and leave between two steps, and each gets the tokens that it
-would get alone.
+would get alone (with a network run by torch: but for the last bits of float sums in another order).
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 from gpt2 import hf
 from gpt2.checkpoint.directory import resolve_model
 from gpt2.distributed import can_compile, find_device, multiplies_bf16_fast
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
 from gpt2.inference.compiled import CompiledDecoder
 from gpt2.inference.decoder import Decoder, TorchDecoder, UncachedDecoder
 from gpt2.inference.native import NativeDecoder, kernels_available
@@ -108,11 +108,12 @@ class Completion:
             self.ended = True
 
     def _due(self, n_ctx: int) -> list[int]:
-        """The tokens that must join the slot before the next one can be chosen."""
+        """The tokens that must join the slot, from position `_held` on, before the next one can be chosen."""
         seen = window(self._history, n_ctx)
         start = len(self._history) - len(seen)
         if start != self._start:  # the window was refilled: all its positions are new
             self._start, self._held = start, 0
+        self._held = min(self._held, len(seen) - 1)  # after a step that was cut short the last token is computed again
         return seen[self._held :]
 
 
@@ -177,9 +178,10 @@ class Engine:
         seed: int | None = None,
     ) -> Iterator[str]:
         """`generate`, piece by piece: never a part of a character, never a part of a stop text."""
-        return self._pieces(self.submit(prompt, max_tokens, temperature, top_k, top_p, stop, seed))
+        return self._pieces(self._completion(prompt, max_tokens, temperature, top_k, top_p, stop, seed))
 
     def _pieces(self, completion: Completion) -> Iterator[str]:
+        self._waiting.append(completion)
         try:
             while not completion.ended:
                 self.step()
@@ -230,25 +232,43 @@ class Engine:
 
         until_eot=False: end-of-text is a token like others, and max_tokens of them are chosen.
         """
+        completion = self._completion(prompt, max_tokens, temperature, top_k, top_p, stop, seed, until_eot)
+        self._waiting.append(completion)
+        return completion
+
+    def _completion(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
+        until_eot: bool = True,
+    ) -> Completion:
         if max_tokens < 0:
             raise RequestError(f"max_tokens = {max_tokens} must be at least 0")
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if any(not text for text in stops):
             raise RequestError("a stop text must not be empty")
         sampling = Sampling(temperature, top_k, top_p)
-        completion = Completion(self.tokenizer, self._ids(prompt), max_tokens, sampling, stops, _seed(seed), until_eot)
-        self._waiting.append(completion)
-        return completion
+        return Completion(self.tokenizer, self._ids(prompt), max_tokens, sampling, stops, _seed(seed), until_eot)
 
     def step(self) -> bool:
         """One pass over the tokens due: a token for each completion in flight that has its prompt behind it, and up to
-        PREFILL tokens of prompts. False where there was nothing to do. Raises WorkError where logits are NaN."""
+        PREFILL tokens of prompts. False where there was nothing to do.
+
+        Raises WorkError where logits are NaN: the completion that they belong to has ended, the others go on. After
+        any other error the next step does the same again; where memory was short, cancel what came last.
+        """
         self._leave()
         self._admit()
         ids: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
         outputs: list[int] = []
+        joined: list[tuple[Completion, int]] = []  # tokens of each that join its slot
         chosen: list[Completion] = []
         prompt_tokens = PREFILL
         for completion in self._running:
@@ -264,14 +284,22 @@ class Engine:
             ids += due_now
             slots += [completion._slot] * len(due_now)
             positions += range(completion._held, completion._held + len(due_now))
-            completion._held += len(due_now)
+            joined.append((completion, len(due_now)))
             if len(due_now) == len(due):
                 outputs.append(len(ids) - 1)
                 chosen.append(completion)
         if ids:
             rows = self.decoder.step(ids, slots, positions, outputs).cpu()  # (len(chosen), vocab_size)
+            for completion, n in joined:
+                completion._held += n
+            failure: WorkError | None = None
             for completion, logits in zip(chosen, rows, strict=True):
-                completion._choose(logits)
+                try:
+                    completion._choose(logits)
+                except WorkError as error:
+                    completion.ended, failure = True, error
+            if failure:
+                raise failure
         self._leave()
         return bool(ids)
 
@@ -279,20 +307,20 @@ class Engine:
         """Gives free slots to those that wait, in their order. One whose prompt is under way in another slot waits
         until it can be copied from there."""
         free = sorted(set(range(self.decoder.slots)) - {completion._slot for completion in self._running}, reverse=True)
-        waiting, self._waiting = self._waiting, deque()
-        for completion in waiting:
+        for completion in list(self._waiting):
             if completion.ended:
+                self._waiting.remove(completion)
                 continue
             n = len(completion._prompt) - 1  # the last token is computed again, for its logits
             twin = next((c for c in self._running if c._prompt == completion._prompt and c._start == 0), None)
             if not free or (twin is not None and twin._held <= n):
-                self._waiting.append(completion)
                 continue
-            completion._slot = free.pop()
             if twin is not None:
                 assert twin._slot is not None
-                self.decoder.copy_slot(twin._slot, completion._slot)
+                self.decoder.copy_slot(twin._slot, free[-1])
                 completion._held = n
+            completion._slot = free.pop()
+            self._waiting.remove(completion)
             self._running.append(completion)
 
     def _leave(self) -> None:
@@ -314,6 +342,8 @@ class Engine:
         ids = ids or [self.tokenizer.eot]
         if len(ids) > self.config.n_ctx:
             raise RequestError(f"the prompt has {len(ids)} tokens, the model's context {self.config.n_ctx}: shorten it")
+        if not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise RequestError(f"token ids {min(ids)} to {max(ids)}: the model has {self.config.vocab_size}, from 0")
         return ids
 
 
@@ -352,28 +382,36 @@ def load(model: str | Path, device: str = "auto", slots: int = SLOTS, compile: b
     Raises RequestError where it is no GPT-2, has no tokenizer or nothing can be compiled, WorkError where a run has
     no good checkpoint.
     """
-    directory = hf.local_directory(resolve_model(model))
-    found = find_device(device)
+    directory, found = hf.local_directory(resolve_model(model)), find_device(device)
     if compile and not can_compile(found):
         raise RequestError(f"torch.compile has no compiler for {found} here (see gpt2 doctor): leave --compile out")
-    decoder_of = CompiledDecoder if compile else TorchDecoder
-    if not is_quantized(directory):
-        network = GPT.from_pretrained(directory).to(found)
-        tokenizer = _tokenizer(directory, network.config.vocab_size)
-        return Engine(network, tokenizer, decoder=decoder_of(network, slots))
-    weights = read_quantized(directory)
-    tokenizer = _tokenizer(directory, weights.config.vocab_size)
-    why_not = kernels_available() if found.type == "cpu" else "they are for a CPU"
-    again = lambda: int8_network(read_quantized(directory)).to(found)  # noqa: E731
-    if why_not is None:  # the kernels have their own copy: `weights` are dropped, and read again if asked for
-        return Engine(again, tokenizer, decoder=NativeDecoder(weights, slots))
-    if found.type == "cpu":
+    int8 = is_quantized(directory)
+    if int8 and found.type == "cpu":
+        why_not = kernels_available()
+        if why_not is None:
+            weights = read_quantized(directory)
+            tokenizer = _tokenizer(directory, weights.config.vocab_size)
+            # The kernels have their own copy: these are dropped, and read again should somebody ask for the network.
+            return Engine(
+                lambda: int8_network(read_quantized(directory)), tokenizer, decoder=NativeDecoder(weights, slots)
+            )
         warnings.warn(f"the int8 kernels cannot be used, torch does the work, far slower: {why_not}", stacklevel=2)
-    network = int8_network(weights).to(found)
+    network, tokenizer = load_network(directory, device)
     if not compile:
-        return Engine(network, tokenizer, slots=slots)
-    kind = torch.bfloat16 if multiplies_bf16_fast(found) else torch.float32
-    return Engine(again, tokenizer, decoder=CompiledDecoder(network.to(kind), slots))
+        return Engine(network, tokenizer, decoder=TorchDecoder(network, slots))
+    if int8 and multiplies_bf16_fast(found):
+        network = network.to(torch.bfloat16)
+    return Engine(network, tokenizer, decoder=CompiledDecoder(network, slots))
+
+
+def load_network(model: str | Path, device: str = "auto") -> tuple[GPT, Tokenizer]:
+    """MODEL's network as torch runs it and its tokenizer, for evaluation and for other formats. Raises as `load` does.
+
+    An int8 directory gives float32 activations over its int8 weights (quantize.int8_network).
+    """
+    directory, found = hf.local_directory(resolve_model(model)), find_device(device)
+    network = int8_network(read_quantized(directory)) if is_quantized(directory) else GPT.from_pretrained(directory)
+    return network.to(found), _tokenizer(directory, network.config.vocab_size)
 
 
 def _tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gpt2.errors import RequestError, WorkError
+from gpt2.files import flush_to_disk
 
 if TYPE_CHECKING:
     from gpt2.inference.quantize import Int8Matrix, QuantizedWeights
@@ -74,7 +75,7 @@ def paths_here() -> list[InstructionPath]:
 
 
 def physical_cores() -> int:
-    """Cores that this process may use: two hardware threads of one core count once."""
+    """Cores that this process may use: two hardware threads of one core count once, a container's quota bounds them."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cores = set()
@@ -84,7 +85,11 @@ def physical_cores() -> int:
             cores.add(siblings.read_text())
         except OSError:
             cores.add(str(cpu))
-    return len(cores)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(len(cores), max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or "max"
+        return len(cores)
 
 
 class NativeDecoder:
@@ -96,7 +101,8 @@ class NativeDecoder:
     """
 
     def __init__(self, weights: "QuantizedWeights", slots: int, threads: int | None = None) -> None:
-        """slots: sequences in flight at most; threads: physical cores unless given.
+        """slots: sequences in flight at most; threads: those of torch (torch.set_num_threads, OMP_NUM_THREADS) unless
+        given, but no more than there are cores.
 
         Raises RequestError for weights that are not of their shape or kind, WorkError where the kernels cannot be used
         or memory does not suffice.
@@ -109,7 +115,7 @@ class NativeDecoder:
         if threads is not None and not 1 <= threads <= 1024:
             raise RequestError(f"{threads} threads: take 1 to 1024")
         self.config, self.slots = weights.config, slots
-        self.threads = physical_cores() if threads is None else threads
+        self.threads = min(physical_cores(), torch.get_num_threads()) if threads is None else threads
         _check_weights(weights)
         self._lock, self._process = threading.Lock(), os.getpid()
         self._lengths = [0] * slots
@@ -118,8 +124,8 @@ class NativeDecoder:
             c.vocab_size, c.n_ctx, c.n_layer, c.n_head, c.n_embd, c.layer_norm_epsilon, tied, slots, self.threads
         )
         if not self._network:
-            raise WorkError("not enough memory for the int8 weights")
-        weakref.finalize(self, _free, self._library, self._network, self._process)
+            raise WorkError(f"not enough memory for the int8 weights, or not {self.threads} threads to be had")
+        self._end = weakref.finalize(self, _free, self._library, self._network, self._process)
         for i, layer in enumerate(weights.layers):
             for kind, matrix in enumerate((layer.c_attn, layer.attn_c_proj, layer.c_fc, layer.mlp_c_proj)):
                 self._set_matrix(i, kind, matrix)
@@ -174,6 +180,8 @@ class NativeDecoder:
 
     def free_slot(self, slot: int) -> None:
         """The slot holds nothing, and its memory goes back to the system."""
+        if not self._end.alive:  # the program ends, and the network did before
+            return
         self._check_slots((slot,))
         with self._lock:
             self._c().gpt2_free_slot(self._network, slot)
@@ -279,10 +287,15 @@ def _int32(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
 def _library() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or None and why there is none."""
     try:
-        return load_library(_build("native")), None
+        file = _build("native")
+        try:
+            return load_library(file), None
+        except (OSError, AttributeError):  # what lies there is damaged: once more
+            file.unlink()
+            return load_library(_build("native")), None
     except _NoKernels as error:
         return None, str(error)
-    except OSError as error:  # the cache lies on a disk from which nothing may be executed, say
+    except (OSError, AttributeError) as error:  # the cache lies on a disk from which nothing may be executed, say
         return None, f"{error}: set XDG_CACHE_HOME to another place"
 
 
@@ -319,28 +332,42 @@ def _build(path: InstructionPath) -> Path:
     digest = hashlib.sha256("\0".join([*compiler, version, *flags, _cpu()]).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "build-gpt2"
-    library = cache / f"kernels-{digest.hexdigest()[:16]}.so"
-    if library.is_file():
-        return library
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "build-gpt2"
+    except RuntimeError as error:
+        raise _NoKernels(f"there is no place to keep them ({error}): set XDG_CACHE_HOME") from None
+    library = cache / f"kernels-{digest.hexdigest()[:16]}.so"
+    try:
+        if library.is_file():
+            return library
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".building-") as temporary:
             result = Path(temporary) / library.name
             command = [*compiler, *flags, str(SOURCES / "network.cpp"), "-o", str(result)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
-                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise _NoKernels(f"{compiler[0]} could not build them ({lines[0] if lines else done.returncode})")
+                raise _NoKernels(f"{compiler[0]} could not build them ({_reason(done.stderr) or done.returncode})")
+            flush_to_disk(result)
             result.replace(library)
     except OSError as error:
         raise _NoKernels(f"they cannot be kept in {cache} ({error.strerror}): set XDG_CACHE_HOME") from None
     return library
 
 
+def _reason(printed: str) -> str:
+    """The line of a compiler's output that says most: no room, else its first error."""
+    lines = printed.splitlines()
+    said = [line for word in ("No space left", "error") for line in lines if word in line]
+    return (said or lines or [""])[0]
+
+
 def _compiler() -> list[str]:
     """The words that start the compiler: those of the variable CXX, else the first one there is."""
-    if given := shlex.split(os.environ.get("CXX", "")):
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise _NoKernels(f"the variable CXX cannot be read ({error}): correct it") from None
+    if given:
         return given
     for name in ("g++", "clang++", "c++"):
         if shutil.which(name):

@@ -281,8 +281,13 @@ def write_quantized(weights: QuantizedWeights, directory: Path, tokenizer: Token
     """Makes the int8 directory, whole or not at all; gives the bytes of all its files.
 
     model.safetensors, config.json with a `quantization_config`, tokenizer, checksums.json. Raises RequestError where
-    the directory exists or cannot be written, WorkError where the disk is full.
+    the directory exists or cannot be written, WorkError where the disk is full or the weights are none that
+    `read_quantized` would take.
     """
+    try:
+        _from_named(dict(_named(weights)), weights.config)
+    except RequestError as error:
+        raise WorkError(f"the model cannot be quantised, its weights are spoilt: {error}") from error
     with new_directory(directory) as temporary:
         write_facts(temporary, weights.config, tokenizer, {"quantization_config": QUANTIZATION})
         save_tensors(dict(_named(weights)), temporary / "model.safetensors", {"format": "pt"})
@@ -299,7 +304,10 @@ def read_quantized(directory: Path) -> QuantizedWeights:
     mend = "make it again with `gpt2 quantize`"
     if not is_quantized(directory):
         raise RequestError(f"{directory} is no int8 directory: {mend}")
-    verify_files(directory, "int8 directory")
+    try:
+        verify_files(directory, "int8 directory")
+    except WorkError as error:
+        raise WorkError(f"{error}; {mend}") from error
     try:
         values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         stated = values.pop("quantization_config")

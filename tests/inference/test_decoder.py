@@ -1,6 +1,8 @@
 """Many sequences in flight: the logits of the training network, and for each the tokens that it would get alone."""
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2.config import GPTConfig
-from gpt2.errors import RequestError
+from gpt2.errors import RequestError, WorkError
 from gpt2.inference.compiled import CompiledDecoder
 from gpt2.inference.decoder import Decoder, TorchDecoder, UncachedDecoder
 from gpt2.inference.engine import Completion, Engine
@@ -143,6 +145,80 @@ def test_a_cancelled_one_makes_room_at_once() -> None:
     engine.step()
     assert second.ended
     assert len(second.tokens) == 1
+
+
+class Failing(TorchDecoder):
+    """Fails at some of its calls; gives NaN for one slot if asked to."""
+
+    failures: list[BaseException]
+    spoilt: int | None = None
+
+    def step(self, ids: Any, slots: Any, positions: Any, outputs: Any) -> torch.Tensor:
+        if self.failures:
+            raise self.failures.pop()
+        logits = super().step(ids, slots, positions, outputs)
+        for row, output in enumerate(outputs):
+            if slots[output] == self.spoilt:
+                logits[row] = float("nan")
+        return logits
+
+
+def test_after_a_step_that_failed_all_go_on() -> None:
+    decoder = Failing(network(), 3)
+    decoder.failures = []
+    engine = Engine(network(), BYTES, decoder=decoder)
+    completions = [engine.submit(prompt, 12, temperature=1.0, seed=5) for prompt in ("a", "bcd", "a")]
+    while not all(completion.ended for completion in completions):
+        decoder.failures = [WorkError("no memory"), KeyboardInterrupt()]
+        for failure in (KeyboardInterrupt, WorkError):
+            with pytest.raises(failure):
+                engine.step()
+        assert engine.step()
+    for completion, prompt in zip(completions, ("a", "bcd", "a"), strict=True):
+        assert completion.text == Engine(network(), BYTES).generate(prompt, 12, temperature=1.0, seed=5)
+
+
+def test_an_interrupt_between_two_tokens_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(network(), BYTES)
+    completions = [engine.submit(prompt, 12, temperature=1.0, seed=5) for prompt in ("a", "bcd")]
+    choose, calls = Completion._choose, iter(range(1000))
+
+    def interrupted(self: Completion, logits: torch.Tensor) -> None:
+        if next(calls) % 3 == 1:
+            raise KeyboardInterrupt
+        choose(self, logits)
+
+    monkeypatch.setattr(Completion, "_choose", interrupted)
+    while not all(completion.ended for completion in completions):
+        with contextlib.suppress(KeyboardInterrupt):
+            engine.step()
+    monkeypatch.undo()
+    for completion, prompt in zip(completions, ("a", "bcd"), strict=True):
+        assert completion.text == Engine(network(), BYTES).generate(prompt, 12, temperature=1.0, seed=5)
+
+
+def test_numbers_that_are_none_end_their_own_completion() -> None:
+    decoder = Failing(network(), 3)
+    decoder.failures = []
+    engine = Engine(network(), BYTES, decoder=decoder)
+    first, second, third = (engine.submit(prompt, 6, temperature=1.0, seed=5) for prompt in "abc")
+    engine.step()
+    decoder.spoilt = second._slot
+    with pytest.raises(WorkError, match="not a number"):
+        engine.step()
+    decoder.spoilt = None
+    while engine.step():
+        pass
+    assert (len(first.tokens), len(second.tokens), len(third.tokens)) == (6, 1, 6)
+
+
+def test_a_wrong_id_is_told_at_the_call_and_a_stream_that_is_never_read_does_nothing() -> None:
+    engine = Engine(network(), BYTES)
+    for ids in ([257], [1, -1]):
+        with pytest.raises(RequestError, match="the model has 257"):
+            engine.submit(ids)
+    engine.stream("abc")
+    assert not engine.step()
 
 
 def test_a_stream_that_nobody_reads_to_its_end_leaves() -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,6 +271,16 @@ def test_a_sum_that_overflows_is_seen() -> None:
     assert not torch.isfinite(whole(NativeDecoder(weights, 1), [1, 2, 3])).any()
 
 
+def test_a_sum_that_overflows_spoils_nobody_else() -> None:
+    """Not by what stays beyond the end of a row, either: a width of 5 leaves eleven numbers there."""
+    weights = make_weights(n_layer=1, n_head=1, head=5)
+    expected = whole(NativeDecoder(weights, 1), [1, 2, 3])
+    weights.wpe[5] = 3e38
+    decoder = NativeDecoder(weights, 2)
+    assert not torch.isfinite(whole(decoder, [1, 2, 3, 4, 5, 6])[-1]).all()
+    assert torch.equal(whole(decoder, [1, 2, 3], slot=1), expected)
+
+
 @pytest.mark.parametrize(
     ("ids", "slots", "positions", "outputs", "word"),
     [
@@ -337,7 +348,13 @@ def test_numbers_of_slots_and_threads() -> None:
     for wrong in ({"slots": 0}, {"slots": 1, "threads": 0}, {"slots": 1, "threads": 5000}):
         with pytest.raises(RequestError, match=r"at least 1|take 1"):
             NativeDecoder(make_weights(), **wrong)
-    assert NativeDecoder(make_weights(), slots=1).threads == native.physical_cores() >= 1
+    assert NativeDecoder(make_weights(), slots=1).threads == min(native.physical_cores(), torch.get_num_threads())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert NativeDecoder(make_weights(), slots=1).threads == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_weights_that_do_not_lie_side_by_side() -> None:
@@ -422,6 +439,9 @@ def test_why_there_are_no_kernels(compiler: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
     with pytest.raises(WorkError, match="does not run"):
         native.build()
+    monkeypatch.setenv("CXX", "'g++")
+    with pytest.raises(WorkError, match="CXX cannot be read"):
+        native.build()
     monkeypatch.setenv("CXX", "")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(WorkError, match="no C\\+\\+ compiler"):
@@ -433,6 +453,45 @@ def test_why_there_are_no_kernels(compiler: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(WorkError, match="XDG_CACHE_HOME"):
         native.build()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(native.Path, "home", homeless)
+    with pytest.raises(WorkError, match=r"no home.*XDG_CACHE_HOME"):
+        native.build()
+
+
+def test_a_damaged_library_is_built_again(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = native._library.__wrapped__  # not the answer that is kept
+    assert "invalid ELF header" in good()[1] or "file too short" in good()[1]  # the stand-in builds no library
+    damaged = native.build()
+    damaged.write_bytes(b"")
+    monkeypatch.setattr(native, "load_library", lambda file: file.read_text() or native.ctypes.CDLL(str(file)))
+    assert good() == ("library", None)
+    assert damaged.read_text() == "library"
+
+
+PROGRAM = """
+import sys
+from tests.inference.test_native import make_weights
+from gpt2.inference.engine import Engine
+from gpt2.inference.native import NativeDecoder
+from gpt2.tokenizer import Tokenizer
+engine = Engine(lambda: None, Tokenizer.from_name("bytes"), decoder=NativeDecoder(make_weights(vocab=257), 2))
+half = engine.stream("ab", 20)
+next(half)
+print(engine.generate("a", 5, temperature=0) is not None)
+"""
+
+
+def test_a_program_ends_without_a_word() -> None:
+    """Engine and a stream that was read half-way are alive when it does."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_without_kernels_the_decoder_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

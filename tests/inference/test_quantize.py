@@ -189,6 +189,15 @@ def test_weights_that_are_no_numbers_are_told() -> None:
         quantize_model(model)
 
 
+def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    model = network()
+    model.h[0].ln_1.weight.data.fill_(1e25)  # finite, but not once it is multiplied into the matrix behind it
+    model.h[0].attn.c_attn.weight.data.fill_(1e25)
+    with pytest.raises(WorkError, match="cannot be quantised, its weights are spoilt: the tensor"):
+        write_quantized(quantize_model(model), tmp_path / "int8", Tokenizer.from_name("bytes"))
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the torch network in use
 
 
@@ -451,7 +460,7 @@ def test_a_tensor_that_is_not_as_it_must_be_is_named(
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     alter(tensors)
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(WorkError, match=r"model\.safetensors is altered"):
+    with pytest.raises(WorkError, match=r"model\.safetensors is altered.*make it again with `gpt2 quantize`"):
         read_quantized(path)
     (path / "checksums.json").unlink()
     with pytest.raises(WorkError, match=r"checksums\.json is missing or damaged: the int8 directory is not whole"):

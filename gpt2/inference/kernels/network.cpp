@@ -219,6 +219,7 @@ class Walk {
     const float scale = table.scales(row.id / kPanel)[row.id % kPanel];
     float* x = &net_.x[r * net_.wide];
     for (int i = 0; i < net_.width; i++) x[i] = at[i / 2 * kPairBytes + i % 2] * scale + position[i];
+    std::fill(x + net_.width, x + net_.wide, 0.f);  // an earlier step's NaN may stand there
   }
 
   // (x - mean) / sqrt(variance + epsilon) of a row into the scratch row, in float32 with the mean taken off first.
@@ -585,7 +586,7 @@ GPT2_API int gpt2_dot(int n_in, int n_out, int n, const int8_t* weights, const i
 }
 
 // For benchmarks: reads all weights once, each member its share in one straight walk, and does nothing with them; the
-// sum keeps the compiler from leaving it out. This is the limit of a step of one row.
+// sum keeps the compiler from leaving it out. With a tied head this is the limit of a step of one row.
 GPT2_API int64_t gpt2_read(Network* net) {
   struct Job {
     Network& net;
