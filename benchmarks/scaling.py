@@ -50,6 +50,7 @@ def plot(points: list[dict[str, Any]], path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.2), dpi=150)
     for axes, sweep in zip(panels, ("context", "width"), strict=True):
@@ -61,7 +62,9 @@ def plot(points: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(x, [str(value) for value in x])
+        axes.yaxis.set_major_locator(MaxNLocator(7))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set_xlabel(f"{sweep}{' (tokens)' if sweep == 'context' else ' (n_embd)'}")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
