@@ -52,10 +52,12 @@ def test_logits_are_those_of_the_training_network(make: Callable[[GPT, int], Dec
     model = network(GPTConfig(257, n_ctx=24, n_layer=2, n_head=2, n_embd=32, attention=attention))
     decoder = make(model, 4)
     oracle, tolerance = model, 1e-4
-    if make is native:  # torch on the same int8 weights; keys, values and activations of 16 bits are the difference
+    if (
+        make is native
+    ):  # torch on the same int8 weights; keys and values of 8 bits, activations of 16 are the difference
         oracle = int8_network(quantize_model(model))
         with torch.inference_mode():
-            tolerance = 5e-3 * oracle(torch.arange(24)[None])[0].abs().max().item()
+            tolerance = 2e-2 * oracle(torch.arange(24)[None])[0].abs().max().item()
     texts = [torch.randint(0, 257, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (9, 20, 1)]
     with torch.inference_mode():
         expected = [oracle(torch.tensor([text]))[0][0] for text in texts]

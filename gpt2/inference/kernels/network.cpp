@@ -1,10 +1,10 @@
 // GPT-2 on a CPU with int8 weights: any number of tokens of any sequences, one trip through the weights.
 //
 //   row      one token: its id, the slot of its sequence, its position there
-//   slot     the keys and values of one sequence, 16-bit
+//   slot     the keys and values of one sequence: 8 bits a number, one scale for a head's key or value
 //   phase    what the team does between two barriers; a layer has five (eight with several rows)
 //
-// A step of GPT-2 small reads 124 MB of weights for whatever number of rows, and 37 KB of keys and values for each
+// A step of GPT-2 small reads 124 MB of weights for whatever number of rows, and 20 KB of keys and values for each
 // token that its row looks back on. One row is bound by reading; from about eight rows on the products take longer.
 #include "matmul.h"
 #include "team.h"
@@ -88,7 +88,9 @@ struct Network {
   const size_t positions = rounded(context, kPositions);
   const size_t wide = rounded(width, 16), wider = rounded(4 * size_t(width), 16);  // strides of rows
   const size_t triple = rounded(3 * size_t(width), 16);
+  // A layer of a slot, in bytes: all heads' keys, their values, the scales of both.
   const size_t key_size = heads * positions * head_width, value_size = heads * positions * padded_head;
+  const size_t scale_size = heads * positions * sizeof(float), layer_size = key_size + value_size + 2 * scale_size;
   const size_t scratch_size = wider + kQueries * (positions + padded_head);
 
   std::vector<Layer> layers;
@@ -97,7 +99,7 @@ struct Network {
   size_t weight_bytes = 0;
   Buffer<float> position_embedding, final_scale, final_offset;
   Buffer<float> head_column;  // what was taken off every row of the head's weights
-  std::vector<Buffer<uint16_t>> slots;
+  std::vector<Buffer<int8_t>> slots;
 
   Team team;
   Buffer<float> x, qkv, attended, hidden;         // (rows, stride)
@@ -135,14 +137,20 @@ struct Network {
     visit(embedding);
   }
 
-  uint16_t* keys(const Row& row, int layer, int h) {
-    return slots[row.slot].get() + layer * (key_size + value_size) + h * positions * head_width;
-  }
-  uint16_t* values(const Row& row, int layer, int h) {
-    return slots[row.slot].get() + layer * (key_size + value_size) + key_size + h * positions * padded_head;
+  // The past of one head: keys in blocks of eight positions, (block, head_width, 8): eight scores at once without a sum
+  // across a register. Values (position, padded_head). A key is keys * key_scales[position], a value likewise.
+  struct Past {
+    int8_t *keys, *values;
+    float *key_scales, *value_scales;
+  };
+  Past past(int slot, int layer, int h) const {
+    int8_t* at = slots[slot].get() + layer * layer_size;
+    float* scales = reinterpret_cast<float*>(at + key_size + value_size) + h * positions;
+    return {at + h * positions * head_width, at + key_size + h * positions * padded_head, scales,
+            scales + heads * positions};
   }
 
-  Buffer<uint16_t> new_slot() const { return Buffer<uint16_t>(n_layer * (key_size + value_size)); }
+  Buffer<int8_t> new_slot() const { return Buffer<int8_t>(n_layer * layer_size); }
   void step();
   void pack(Linear& linear, const int8_t* from, const float* scale, const float* bias);
 };
@@ -243,25 +251,29 @@ class Walk {
     each_input(n_, [&](int r, int to) { round_row(next, &from[r * stride], to); });
   }
 
-  // A row as integers of at most next.limit, and the scale that gives it back.
-  void round_row(const Linear& next, const float* row, int to) {
-    const int stride = int(rounded(next.in, 16));
+  // n numbers (a multiple of 8) as integers within +-limit, eight by eight to give(i, them); the scale that gives them
+  // back: NaN if one of them is not finite, and then so is all that is computed from them.
+  template <class Give>
+  static float round_all(const float* from, int n, int limit, Give give) {
     F8 most = all(0.f), spoilt = all(0.f);
-    for (int i = 0; i < stride; i += 8) {
-      const F8 v = load<F8>(row + i);
+    for (int i = 0; i < n; i += 8) {
+      const F8 v = load<F8>(from + i);
       most = larger(most, absolute(v));
-      spoilt += v * 0.f;  // NaN if one of them is not finite; then so are the row's products
+      spoilt += v * 0.f;
     }
     // Never below the smallest scale whose inverse is finite.
-    const float scale = std::max(largest(most) / next.limit, 1e-37f) + sum(spoilt);
+    const float scale = std::max(largest(most) / limit, 1e-37f) + sum(spoilt);
     const bool finite = scale < INFINITY;
     const F8 inverse = all(1.f / scale);
+    for (int i = 0; i < n; i += 8) give(i, nearest(finite ? load<F8>(from + i) * inverse : all(0.f)));
+    return scale;
+  }
+
+  // A row as integers of at most next.limit, and their scale.
+  void round_row(const Linear& next, const float* row, int to) {
     int16_t* out = &net_.input[to * net_.wider];
-    for (int i = 0; i < stride; i += 8) {
-      const F8 v = finite ? load<F8>(row + i) * inverse : all(0.f);
-      store(out + i, __builtin_convertvector(nearest(v), S8));
-    }
-    net_.input_scale[to] = scale;
+    net_.input_scale[to] = round_all(row, int(rounded(next.in, 16)), next.limit,
+                                     [&](int i, I8 v) { store(out + i, __builtin_convertvector(v, S8)); });
   }
 
   // Panels taken at a time: kChunk bytes, or less where a team is so large that it would not come out even.
@@ -307,38 +319,36 @@ class Walk {
   // Keys and values of one head and the rows of one sequence, into the slot.
   void remember(int layer, int h, const Run& run) {
     const int D = net_.head_width;
-    uint16_t* keys = net_.keys(net_.rows[run.first], layer, h);
-    uint16_t* values = net_.values(net_.rows[run.first], layer, h);
+    const Network::Past past = net_.past(net_.rows[run.first].slot, layer, h);
     float* padded = scratch_;
     std::fill(padded, padded + net_.padded_head, 0.f);
     for (int r = run.first; r < run.first + run.count; r++) {
       const size_t position = net_.rows[r].position;
       const float* k = &net_.qkv[r * net_.triple + net_.width + h * D];
-      // Keys lie in blocks of eight positions, (block, D, 8): eight scores at once without a sum across a register.
-      uint16_t* to = keys + position / 8 * D * 8 + position % 8;
-      uint16_t half[8];
+      int8_t* key = past.keys + position / 8 * D * 8 + position % 8;
       std::copy(k, k + D, padded);
-      for (int d = 0; d < D; d++) {
-        if (d % 8 == 0) store_half(half, load<F8>(padded + d));
-        to[d * 8] = half[d % 8];
-      }
+      past.key_scales[position] = round_all(padded, net_.padded_head, 127, [&](int d, I8 v) {
+        for (int i = 0; i < 8 && d + i < D; i++) key[(d + i) * 8] = int8_t(v[i]);
+      });
+      int8_t* value = past.values + position * net_.padded_head;
       std::copy(k + net_.width, k + net_.width + D, padded);
-      for (int d = 0; d < D; d += 8) store_half(values + position * net_.padded_head + d, load<F8>(padded + d));
+      past.value_scales[position] = round_all(padded, net_.padded_head, 127, [&](int d, I8 v) {
+        store(value + d, __builtin_convertvector(v, B8));
+      });
     }
   }
 
   void look_back(int layer, int h, const Run& group) {
-    const uint16_t* keys = net_.keys(net_.rows[group.first], layer, h);
-    const uint16_t* values = net_.values(net_.rows[group.first], layer, h);
+    const Network::Past past = net_.past(net_.rows[group.first].slot, layer, h);
     int r = group.first;
     const int stop = r + group.count;
-    for (; r + kQueries <= stop; r += kQueries) look_back<kQueries>(r, h, keys, values);
-    for (; r < stop; r++) look_back<1>(r, h, keys, values);
+    for (; r + kQueries <= stop; r += kQueries) look_back<kQueries>(r, h, past);
+    for (; r < stop; r++) look_back<1>(r, h, past);
   }
 
   // softmax(q K^T / sqrt(D)) V for Q rows of one sequence that follow each other.
   template <int Q>
-  void look_back(int r, int h, const uint16_t* keys, const uint16_t* values) {
+  void look_back(int r, int h, const Network::Past& past) {
     const int D = net_.head_width, length = net_.rows[r + Q - 1].position + 1;
     const size_t stride = net_.positions;
     float* scores = scratch_ + net_.wider;          // (Q, positions)
@@ -352,34 +362,40 @@ class Walk {
       F8 score[Q][kBlocks];
       for (auto& of_query : score)
         for (auto& of_block : of_query) of_block = all(0.f);
-      const uint16_t* block = keys + size_t(first) * D;
+      const int8_t* block = past.keys + size_t(first) * D;
       for (int d = 0; d < D; d++) {
-        if (Q == 1) __builtin_prefetch(block + kPositions * (D + d), 0, 2);  // the next keys: one row waits for memory
+        // The next keys, a line of 64 bytes every other time: one row waits for memory.
+        if (Q == 1 && d % 2 == 0) __builtin_prefetch(block + kPositions * (D + d), 0, 2);
         F8 key[kBlocks];
 #pragma GCC unroll 4
-        for (int b = 0; b < kBlocks; b++) key[b] = load_half(block + (b * D + d) * 8);
+        for (int b = 0; b < kBlocks; b++) key[b] = load_bytes(block + (b * D + d) * 8);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++)
 #pragma GCC unroll 4
           for (int b = 0; b < kBlocks; b++) score[q][b] += key[b] * query[q * D + d];
       }
       for (int q = 0; q < Q; q++)
-        for (int b = 0; b < kBlocks; b++) store(scores + q * stride + first + b * 8, score[q][b]);
+        for (int b = 0; b < kBlocks; b++) {
+          const int at = first + b * 8;
+          store(scores + q * stride + at, score[q][b] * load<F8>(past.key_scales + at));
+        }
     }
 
     float inverse[Q];
-    for (int q = 0; q < Q; q++) inverse[q] = 1.f / soften(scores + q * stride, length - Q + 1 + q, length);
+    for (int q = 0; q < Q; q++)
+      inverse[q] = 1.f / soften(scores + q * stride, length - Q + 1 + q, length, past.value_scales);
 
     float* out = &net_.attended[r * net_.wide + h * D];
     constexpr int kDims = Q == 1 ? 8 : 2;
     int d = 0;
     for (; d + 8 * kDims <= net_.padded_head; d += 8 * kDims)
-      gather<Q, kDims>(scores, inverse, values + d, length, out + d, D - d);
-    for (; d < net_.padded_head; d += 8) gather<Q, 1>(scores, inverse, values + d, length, out + d, D - d);
+      gather<Q, kDims>(scores, inverse, past.values + d, length, out + d, D - d);
+    for (; d < net_.padded_head; d += 8) gather<Q, 1>(scores, inverse, past.values + d, length, out + d, D - d);
   }
 
-  // Scores -> e^(score - maximum) for the first n, 0 for the others up to `length`; their sum.
-  float soften(float* scores, int n, int length) {
+  // Scores -> e^(score - maximum) for the first n, 0 for the others up to `length`, and their sum. What stays is already
+  // multiplied by the scale of the value that it will weigh.
+  float soften(float* scores, int n, int length, const float* value_scales) {
     std::fill(scores + n, scores + rounded(length, 8), -INFINITY);
     F8 most = all(-INFINITY), total = all(0.f);
     for (int i = 0; i < n; i += 8) most = larger(most, load<F8>(scores + i));
@@ -387,7 +403,7 @@ class Walk {
     for (int i = 0; i < n; i += 8) {
       const F8 score = load<F8>(scores + i);
       const F8 chance = score > -INFINITY ? exponential(score - maximum) : all(0.f);
-      store(scores + i, chance);
+      store(scores + i, chance * load<F8>(value_scales + i));
       total += chance;
     }
     std::fill(scores + n, scores + std::max(length, n), 0.f);
@@ -396,16 +412,15 @@ class Walk {
 
   // Dims x 8 numbers of the values' weighted sum, for Q queries; `room` of them belong to this head.
   template <int Q, int Dims>
-  void gather(const float* scores, const float* inverse, const uint16_t* values, int length, float* out, int room) {
+  void gather(const float* scores, const float* inverse, const int8_t* values, int length, float* out, int room) {
     F8 total[Q][Dims];
     for (auto& of_query : total)
       for (auto& of_dims : of_query) of_dims = all(0.f);
     for (int p = 0; p < length; p++, values += net_.padded_head) {
-      if (Q == 1)
-        for (int d = 0; d < Dims; d += 4) __builtin_prefetch(values + 32 * net_.padded_head + d * 8, 0, 2);
+      if (Q == 1) __builtin_prefetch(values + kPositions * net_.padded_head, 0, 2);
 #pragma GCC unroll 8
       for (int d = 0; d < Dims; d++) {
-        const F8 value = load_half(values + d * 8);
+        const F8 value = load_bytes(values + d * 8);
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) total[q][d] += value * scores[q * net_.positions + p];
       }
@@ -546,11 +561,13 @@ GPT2_API int gpt2_step(Network* net, int n, const int32_t* ids, const int32_t* s
 GPT2_API int gpt2_copy_slot(Network* net, int from, int to, int n) try {
   if (n == 0 || from == to) return 0;
   if (!net->slots[to]) net->slots[to] = net->new_slot();
-  const gpt2::Row source{0, from, 0}, target{0, to, 0};
   for (int layer = 0; layer < net->n_layer; layer++)
     for (int h = 0; h < net->heads; h++) {
-      std::copy_n(net->keys(source, layer, h), gpt2::rounded(n, 8) * net->head_width, net->keys(target, layer, h));
-      std::copy_n(net->values(source, layer, h), size_t(n) * net->padded_head, net->values(target, layer, h));
+      const Network::Past source = net->past(from, layer, h), target = net->past(to, layer, h);
+      std::copy_n(source.keys, gpt2::rounded(n, 8) * net->head_width, target.keys);
+      std::copy_n(source.values, size_t(n) * net->padded_head, target.values);
+      std::copy_n(source.key_scales, n, target.key_scales);
+      std::copy_n(source.value_scales, n, target.value_scales);
     }
   return 0;
 } catch (...) {
@@ -558,7 +575,7 @@ GPT2_API int gpt2_copy_slot(Network* net, int from, int to, int n) try {
 }
 
 // Gives a slot's memory back to the system.
-GPT2_API void gpt2_free_slot(Network* net, int slot) { net->slots[slot] = gpt2::Buffer<uint16_t>(); }
+GPT2_API void gpt2_free_slot(Network* net, int slot) { net->slots[slot] = gpt2::Buffer<int8_t>(); }
 
 // For tests: the packed product alone. weights (out, in) int8, rows (n, in) int16, sums (n, out) int32.
 // Gives the largest activation that the weights allow.

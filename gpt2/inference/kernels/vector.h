@@ -14,7 +14,7 @@ typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
 typedef int16_t S8 __attribute__((vector_size(16)));
-typedef uint16_t H8 __attribute__((vector_size(16)));
+typedef int8_t B8 __attribute__((vector_size(8)));
 
 template <class V>
 inline V load(const void* from) {
@@ -67,28 +67,11 @@ inline F8 gelu(F8 x) {
   return x / (exponential(smaller(minus_2u, all(87.f))) + 1.f);
 }
 
-// IEEE half precision: 11 bits for a key or a value, two bytes each. Beyond +-65504 the largest half is stored.
-inline F8 load_half(const uint16_t* from) {
-#if defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
-#else
-  const I8 h = __builtin_convertvector(load<H8>(from), I8);
-  const F8 magnitude = (F8)((h & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent's origin
-  return (F8)(bits(magnitude) | ((h & 0x8000) << 16));
+inline F8 load_bytes(const int8_t* from) {
+#if defined(__AVX2__)  // GCC 12 goes through memory
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #endif
-}
-inline void store_half(uint16_t* to, F8 v) {
-  v = smaller(larger(v, all(-65504.f)), all(65504.f));
-#if defined(__F16C__)
-  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph(v, 0));
-#else
-  const F8 magnitude = absolute(v);
-  const I8 b = bits(magnitude);
-  const I8 normal = ((b + 0xfff + ((b >> 13) & 1)) >> 13) - (112 << 10);
-  const I8 subnormal = nearest(smaller(magnitude, all(0.0001220703125f)) * 16777216.f);
-  const I8 h = (magnitude < 6.103515625e-05f ? subnormal : normal) | ((bits(v) >> 16) & 0x8000);
-  store(to, __builtin_convertvector(h, H8));
-#endif
+  return __builtin_convertvector(__builtin_convertvector(load<B8>(from), I8), F8);
 }
 
 }  // namespace gpt2
