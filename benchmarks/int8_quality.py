@@ -152,12 +152,10 @@ def main() -> None:
             "quantize_seconds": seconds,
         }
         results.append(result)
-        print(
-            f"{name:34} perplexity {result['perplexity_float']:9.3f}  int8 {result['rise_int8']:+.4%} "
-            f"(kl {result['kl_int8']:.1e})  torch {result['rise_int8_torch']:+.4%} (kl {result['kl_int8_torch']:.1e})  careless {result['rise_careless']:+.4%} (kl {result['kl_careless']:.1e})  "
-            f"greedy {agreement.equal:.1%}",
-            flush=True,
-        )
+        print(f"{name:34} perplexity {result['perplexity_float']:9.3f}, greedy {agreement.equal:.1%}", end="")
+        for other in others:
+            print(f"  {other} {result[f'rise_{other}']:+.4%} (kl {result[f'kl_{other}']:.1e})", end="")
+        print(flush=True)
     config = {
         "parameters": model.num_parameters(),
         "n_layer": model.config.n_layer,

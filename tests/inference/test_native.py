@@ -191,7 +191,7 @@ def test_a_step_is_the_network_in_float64(shape: dict[str, int], threads: int) -
     ids = random_ids(shape["n_ctx"], shape["vocab"])
     expected = reference(weights, ids)
     error = (whole(decoder, ids).double() - expected) / expected.std()
-    # Activations are rounded to 3e-5 of the largest in a row, before each of 5 to 9 matrices: about 1e-4 of their spread.
+    # Activations are rounded to 3e-5 of the largest in a row, before each of 5 to 9 matrices: 1e-4 of their spread.
     # A key or value that this moves past the middle between two steps of 8 bits jumps by 2e-2 of theirs, which happens
     # to one in 200: sqrt(1e-4 * 2e-2) = 1.4e-3.
     assert error.square().mean().sqrt() < 2e-3

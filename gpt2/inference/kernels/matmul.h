@@ -119,8 +119,8 @@ inline int32_t pair_at(const int16_t* row, int k) {
 // A pair of inputs with 6 rows on AVX2: 2 widening loads, 6 broadcasts, 12 madd, 12 add: 26 vector operations besides
 // plain loads for 192 products, 6.5 cycles. One row: 6 operations for 32 bytes; memory gives about 5 bytes a cycle.
 template <int R, bool kFirst>
-__attribute__((noinline)) void dot_tile(const int8_t* weights, const int8_t* ahead, const int16_t* rows, size_t stride, int pairs,
-                     bool more, int32_t (*sums)[kPanel]) {
+__attribute__((noinline)) void dot_tile(const int8_t* weights, const int8_t* ahead, const int16_t* rows, size_t stride,
+                                        int pairs, bool more, int32_t (*sums)[kPanel]) {
   constexpr int kChains = R >= 4 ? 1 : 4 / R;  // enough independent sums to hide a product's 4 to 5 cycles
   Register sum[R][kChains][kSplit];
 #pragma GCC unroll 12
@@ -194,7 +194,8 @@ inline void dot_panel(const int8_t* weights, const int8_t* ahead, const int16_t*
     const int16_t* from = rows + 2 * k;
     dot_rows<true>(std::min(n, kMaxTile), weights + at, ahead + at, from, stride, count, b > 0, sums);
     for (int r = kMaxTile; r < n; r += kMaxTile)
-      dot_rows<false>(std::min(n - r, kMaxTile), weights + at, ahead, from + r * stride, stride, count, b > 0, sums + r);
+      dot_rows<false>(std::min(n - r, kMaxTile), weights + at, ahead, from + r * stride, stride, count, b > 0,
+                      sums + r);
     k += count;
   }
 }

@@ -137,8 +137,8 @@ struct Network {
     visit(embedding);
   }
 
-  // The past of one head: keys in blocks of eight positions, (block, head_width, 8): eight scores at once without a sum
-  // across a register. Values (position, padded_head). A key is keys * key_scales[position], a value likewise.
+  // The past of one head: keys in blocks of eight positions, (block, head_width, 8), for eight scores at once without
+  // a sum across a register. Values (position, padded_head). A key is keys * key_scales[position], a value likewise.
   struct Past {
     int8_t *keys, *values;
     float *key_scales, *value_scales;
@@ -393,8 +393,8 @@ class Walk {
     for (; d < net_.padded_head; d += 8) gather<Q, 1>(scores, inverse, past.values + d, length, out + d, D - d);
   }
 
-  // Scores -> e^(score - maximum) for the first n, 0 for the others up to `length`, and their sum. What stays is already
-  // multiplied by the scale of the value that it will weigh.
+  // Scores -> e^(score - maximum) for the first n, 0 for the others up to `length`; gives their sum. What stays in
+  // `scores` is already multiplied by the scale of the value that it will weigh.
   float soften(float* scores, int n, int length, const float* value_scales) {
     std::fill(scores + n, scores + rounded(length, 8), -INFINITY);
     F8 most = all(-INFINITY), total = all(0.f);
