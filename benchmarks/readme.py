@@ -125,7 +125,24 @@ def decode_rows(report: Report) -> list[Row]:
             others = sorted(((speed, name) for name, speed in speeds.items() if speed), reverse=True)
             told = ", ".join(f"{name} {speed:,.0f}" for speed, name in others)
             rows.append((what, f"**{ours:,.0f}** tokens/s; {told}"))
+    ours_in = {run["case"]: run for run in report["results"] if run["name"] == "build-gpt2"}
+    if "one" in ours_in and "long" in ours_in:
+        start, held = ours_in["one"]["start_beyond_torch_seconds"], ours_in["long"]["resident_bytes"]
+        told = f"{held / 1e6:,.0f} MB with torch, 1 sequence at full context; first token {start:.2f} s after torch"
+        rows.append(("its memory and start", told))
     return rows
+
+
+def quality_rows(report: Report) -> list[Row]:
+    trained, *hard = report["results"]
+    return [
+        (
+            "int8 beside float, by the kernels",
+            f"perplexity {trained['rise_int8']:+.3%} of a trained model, at most "
+            f"{max(run['rise_int8'] for run in hard):+.2%} with planted outliers; "
+            f"{trained['greedy_agreement']:.1%} of {report['config']['greedy_tokens']} greedy tokens alike",
+        )
+    ]
 
 
 ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
@@ -137,6 +154,7 @@ ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
     "two_hosts": hosts_rows,
     "hellaswag": hellaswag_rows,
     "decode_cpu": decode_rows,
+    "int8_quality": quality_rows,
 }
 
 
