@@ -489,7 +489,7 @@ def test_what_transformers_writes_is_read_with_its_tokenizer(tmp_path: Path) -> 
 def test_names_that_are_nowhere_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name in ("./nowhere", str(tmp_path / "nothing"), str(tmp_path), str(tmp_path / "file"), "/" + "x" * 5000):
-        refused(name, str(Path(name)), "name a run, a checkpoint or a Hugging Face GPT-2")
+        refused(name, str(Path(name)), "name a run, a checkpoint, an int8 or a Hugging Face GPT-2 directory")
 
 
 def test_a_hub_id_is_fetched_without_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
