@@ -113,14 +113,15 @@ inline int32_t pair_at(const int16_t* row, int k) {
   return pair;
 }
 
-// sums[r] (+)= weights x rows[r] for R rows that lie `stride` apart. Meanwhile the bytes at `ahead`, which this thread
-// reads next, are asked for: a row's products take half the time of the reading, so the memory never rests.
+// sums[r] (+)= weights x rows[r] for R rows that lie `stride` apart. Meanwhile the bytes kAhead further on, which this
+// thread reads next, are asked for: a row's products take half the time of the reading, so the memory never rests.
 //
 // A pair of inputs with 6 rows on AVX2: 2 widening loads, 6 broadcasts, 12 madd, 12 add: 26 vector operations besides
 // plain loads for 192 products, 6.5 cycles. One row: 6 operations for 32 bytes; memory gives about 5 bytes a cycle.
 template <int R, bool kFirst>
-__attribute__((noinline)) void dot_tile(const int8_t* weights, const int8_t* ahead, const int16_t* rows, size_t stride,
-                                        int pairs, bool more, int32_t (*sums)[kPanel]) {
+__attribute__((noinline)) void dot_tile(const int8_t* weights, const int16_t* rows, size_t stride, int pairs, bool more,
+                                        int32_t (*sums)[kPanel]) {
+  constexpr int kAhead = R == 1 ? 1024 : 2048;
   constexpr int kChains = R >= 4 ? 1 : 4 / R;  // enough independent sums to hide a product's 4 to 5 cycles
   Register sum[R][kChains][kSplit];
 #pragma GCC unroll 12
@@ -133,8 +134,8 @@ __attribute__((noinline)) void dot_tile(const int8_t* weights, const int8_t* ahe
   for (; k + kChains <= pairs; k += kChains) {
     const int8_t* at = weights + size_t(k) * kPairBytes;
     if (kFirst && (kChains % 2 == 0 || k % 2 == 0)) {
-      __builtin_prefetch(ahead + size_t(k) * kPairBytes, 0, 2);
-      if (kChains == 4) __builtin_prefetch(ahead + size_t(k) * kPairBytes + 64, 0, 2);
+      __builtin_prefetch(at + kAhead);
+      if (kChains == 4) __builtin_prefetch(at + kAhead + 64);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; c++) {
@@ -174,28 +175,26 @@ __attribute__((noinline)) void dot_tile(const int8_t* weights, const int8_t* ahe
 
 // The same for n <= kMaxTile rows.
 template <bool kFirst, int R = kMaxTile>
-inline void dot_rows(int n, const int8_t* weights, const int8_t* ahead, const int16_t* rows, size_t stride, int pairs,
-                     bool more, int32_t (*sums)[kPanel]) {
+inline void dot_rows(int n, const int8_t* weights, const int16_t* rows, size_t stride, int pairs, bool more,
+                     int32_t (*sums)[kPanel]) {
   if (n == R) {
-    dot_tile<R, kFirst>(weights, ahead, rows, stride, pairs, more, sums);
+    dot_tile<R, kFirst>(weights, rows, stride, pairs, more, sums);
   } else if constexpr (R > 1) {
-    dot_rows<kFirst, R - 1>(n, weights, ahead, rows, stride, pairs, more, sums);
+    dot_rows<kFirst, R - 1>(n, weights, rows, stride, pairs, more, sums);
   }
 }
 
-// sums[r] = weights x rows[r] for n rows; `ahead` is the panel that comes next. Full tiles are the quickest, so all
-// are full but the last. Inputs are taken in blocks, so that a block of the panel stays in L1 while all rows pass.
-inline void dot_panel(const int8_t* weights, const int8_t* ahead, const int16_t* rows, size_t stride, int pairs, int n,
+// sums[r] = weights x rows[r] for n rows. Full tiles are the quickest, so all are full but the last. Inputs are taken in blocks, so that a block of the panel stays in L1 while all rows pass.
+inline void dot_panel(const int8_t* weights, const int16_t* rows, size_t stride, int pairs, int n,
                       int32_t (*sums)[kPanel]) {
   const int blocks = n <= kMaxTile ? 1 : (pairs + kBlock - 1) / kBlock;
   for (int b = 0, k = 0; b < blocks; b++) {
     const int count = (pairs - k) / (blocks - b);
     const size_t at = size_t(k) * kPairBytes;
     const int16_t* from = rows + 2 * k;
-    dot_rows<true>(std::min(n, kMaxTile), weights + at, ahead + at, from, stride, count, b > 0, sums);
+    dot_rows<true>(std::min(n, kMaxTile), weights + at, from, stride, count, b > 0, sums);
     for (int r = kMaxTile; r < n; r += kMaxTile)
-      dot_rows<false>(std::min(n - r, kMaxTile), weights + at, ahead, from + r * stride, stride, count, b > 0,
-                      sums + r);
+      dot_rows<false>(std::min(n - r, kMaxTile), weights + at, from + r * stride, stride, count, b > 0, sums + r);
     k += count;
   }
 }

@@ -165,22 +165,21 @@ class Walk {
     each(n_, 1, [&](int r) { embed(r); });
     for (int l = 0; l < net_.n_layer; l++) {
       const Layer& layer = net_.layers[l];
-      const bool last = l + 1 == net_.n_layer;
       normalise(layer.c_attn);
-      matmul(layer.c_attn, layer.attn_proj, n_, [&](int r, int o, F8 low, F8 high) {
+      matmul(layer.c_attn, n_, [&](int r, int o, F8 low, F8 high) {
         put(&net_.qkv[r * net_.triple + o], low, high);
       });
       attention(l);
       round_rows(layer.attn_proj, net_.attended, net_.wide);
-      matmul(layer.attn_proj, layer.c_fc, n_, [&](int r, int o, F8 low, F8 high) {
+      matmul(layer.attn_proj, n_, [&](int r, int o, F8 low, F8 high) {
         add(&net_.x[r * net_.wide + o], low, high);
       });
       normalise(layer.c_fc);
-      matmul(layer.c_fc, layer.mlp_proj, n_, [&](int r, int o, F8 low, F8 high) {
+      matmul(layer.c_fc, n_, [&](int r, int o, F8 low, F8 high) {
         put(&net_.hidden[r * net_.wider + o], gelu(low), gelu(high));
       });
       round_rows(layer.mlp_proj, net_.hidden, net_.wider);
-      matmul(layer.mlp_proj, last ? net_.head : net_.layers[l + 1].c_attn, n_, [&](int r, int o, F8 low, F8 high) {
+      matmul(layer.mlp_proj, n_, [&](int r, int o, F8 low, F8 high) {
         add(&net_.x[r * net_.wide + o], low, high);
       });
     }
@@ -191,22 +190,9 @@ class Walk {
   static void put(float* to, F8 low, F8 high) { store(to, low), store(to + 8, high); }
   static void add(float* to, F8 low, F8 high) { put(to, load<F8>(to) + low, load<F8>(to + 8) + high); }
 
-  // A phase: work(i, the item that this member does next) for the items 0 … n-1, then a barrier. Each member begins
-  // with a chunk of its own; the rest go to whoever comes first.
-  template <class Work>
-  void each(int n, int chunk, int after, Work work) {
-    const int phase = phase_++;
-    const auto take = [&] { return net_.team.size() * chunk + net_.team.take(phase, chunk); };
-    for (int first = member_ * chunk, next; first < n; first = next) {
-      next = take();
-      const int stop = std::min(first + chunk, n);
-      for (int i = first; i < stop; i++) work(i, i + 1 < stop ? i + 1 : next < n ? next : after);
-    }
-    net_.team.barrier();
-  }
-  template <class Work>
-  void each(int n, int chunk, Work work) {
-    each(n, chunk, 0, [&](int i, int) { work(i); });
+  template <class Call>
+  void each(int n, int chunk, Call call) {
+    net_.team.each(member_, phase_++, n, chunk, call);
   }
 
   // For the input of a matmul: a single row each member prepares for itself, which is quicker than a barrier.
@@ -282,16 +268,15 @@ class Walk {
     return std::max(1, std::min(even, int(kChunk / w.panel_bytes)));
   }
 
-  // give(row, first output, low, high): 16 outputs, bias added. `next` is the matrix that will be read after this.
+  // give(row, first output, low, high): 16 outputs, bias added.
   template <class Give>
-  void matmul(const Linear& w, const Linear& next, int n, Give give) {
+  void matmul(const Linear& w, int n, Give give) {
     const int first_row = single_ ? member_ : 0;
     const int16_t* input = &net_.input[first_row * net_.wider];
     const float* input_scale = &net_.input_scale[first_row];
-    const int8_t* later = next.weights(std::min(member_ * chunk(next), next.panels - 1));
-    each(w.panels, chunk(w), -1, [&](int p, int after) {
+    each(w.panels, chunk(w), [&](int p) {
       int32_t sums[kRows][kPanel];
-      dot_panel(w.weights(p), after < 0 ? later : w.weights(after), input, net_.wider, w.pairs, n, sums);
+      dot_panel(w.weights(p), input, net_.wider, w.pairs, n, sums);
       const int o = p * kPanel;
       const F8 scale_low = load<F8>(w.scales(p)), scale_high = load<F8>(w.scales(p) + 8);
       const F8 bias_low = load<F8>(w.biases(p)), bias_high = load<F8>(w.biases(p) + 8);
@@ -449,7 +434,7 @@ class Walk {
       net_.input_offset[to] = sum(total);
     });
     const float* offset = &net_.input_offset[single_ ? member_ : 0];
-    matmul(net_.head, net_.layers[0].c_attn, n, [&](int i, int o, F8 low, F8 high) {
+    matmul(net_.head, n, [&](int i, int o, F8 low, F8 high) {
       float sixteen[kPanel];
       put(sixteen, low + offset[i], high + offset[i]);
       std::copy(sixteen, sixteen + std::min(kPanel, net_.vocab - o), net_.logits + size_t(i) * net_.vocab + o);
@@ -478,8 +463,7 @@ void Network::step() {
     else
       groups.push_back({r, 1});
   }
-  team.run([](void* self, int member) { Walk(*static_cast<Network*>(self), member).all_layers(); }, this,
-           n_layer * 10 + 3);
+  team.run([](void* self, int member) { Walk(*static_cast<Network*>(self), member).all_layers(); }, this);
 }
 
 void Network::pack(Linear& linear, const int8_t* from, const float* scale, const float* bias) {
@@ -491,12 +475,13 @@ void Network::pack(Linear& linear, const int8_t* from, const float* scale, const
     std::vector<int64_t> heaviest;
   } job{team, linear, from, scale, bias, std::vector<int64_t>(linear.panels)};
   team.run(
-      [](void* self, int) {
+      [](void* self, int member) {
         Job& job = *static_cast<Job*>(self);
-        for (int p; (p = job.team.take(0, 1)) < job.linear.panels;)
+        job.team.each(member, 0, job.linear.panels, 1, [&](int p) {
           job.heaviest[p] = job.linear.pack(p, job.from, job.scale, job.bias);
+        });
       },
-      &job, 1);
+      &job);
   linear.set_limit(*std::max_element(job.heaviest.begin(), job.heaviest.end()));
 }
 
@@ -593,7 +578,7 @@ GPT2_API int gpt2_dot(int n_in, int n_out, int n, const int8_t* weights, const i
   const gpt2::Buffer<int32_t> room(size_t(n) * gpt2::kPanel);
   auto tile = reinterpret_cast<int32_t(*)[gpt2::kPanel]>(room.get());
   for (int p = 0; p < w.panels; p++) {
-    gpt2::dot_panel(w.weights(p), w.weights(0), padded.data(), stride, w.pairs, n, tile);
+    gpt2::dot_panel(w.weights(p), padded.data(), stride, w.pairs, n, tile);
     const int o = p * gpt2::kPanel;
     for (int r = 0; r < n; r++) std::copy_n(tile[r], std::min(gpt2::kPanel, n_out - o), sums + size_t(r) * n_out + o);
   }
@@ -619,7 +604,7 @@ GPT2_API int64_t gpt2_read(Network* net) {
           for (int j = 0; j < 8; j++) sums[j] += gpt2::load<gpt2::I8>(at + i + 32 * j);
         for (const gpt2::I8& sum : sums) job.total += sum[0] + sum[5];
       },
-      &job, 0);
+      &job);
   return job.total;
 }
 
@@ -632,10 +617,10 @@ GPT2_API int64_t gpt2_multiply(Network* net, int times) {
         static const int16_t rows[gpt2::kMaxTile * gpt2::kBlock * 2] = {};
         int32_t sums[gpt2::kMaxTile][gpt2::kPanel];
         for (int i = 0; i < *static_cast<int*>(self); i++) {
-          gpt2::dot_panel(weights, weights, rows, gpt2::kBlock * 2, gpt2::kBlock, gpt2::kMaxTile, sums);
+          gpt2::dot_panel(weights, rows, gpt2::kBlock * 2, gpt2::kBlock, gpt2::kMaxTile, sums);
           asm volatile("" : : "r"(sums) : "memory");
         }
       },
-      &times, 0);
+      &times);
   return int64_t(times) * net->team.size() * gpt2::kMaxTile * gpt2::kPanel * gpt2::kBlock * 2 * 2;
 }

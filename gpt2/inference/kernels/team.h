@@ -1,6 +1,7 @@
 // A fixed team of threads that walks through one step together, from barrier to barrier.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -29,7 +30,7 @@ constexpr int kStepLooks = 10000;    // between two steps the caller chooses a t
 class Team {
  public:
   // The calling thread is member 0; `size - 1` threads are started and stay until the team ends.
-  explicit Team(int size) : size_(size) {
+  explicit Team(int size) : size_(size), taken_(2 * size) {
     try {
       for (int member = 1; member < size; member++) threads_.emplace_back([this, member] { serve(member); });
     } catch (...) {
@@ -40,15 +41,36 @@ class Team {
   ~Team() { end(); }
   int size() const { return size_; }
 
-  // work(self, member) on every member; back when all are done. `counters` numbers of work to take from.
-  void run(void (*work)(void*, int), void* self, int counters) {
-    if (int(counters_.size()) < counters) counters_ = std::vector<Counter>(counters);
-    for (auto& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
+  // work(self, member) on every member; back when all are done.
+  void run(void (*work)(void*, int), void* self) {
+    for (Counter& taken : taken_) taken.items.store(0, std::memory_order_relaxed);
     work_ = work, self_ = self;
     begin();
     work(self, 0);
     barrier();
   }
+
+  // A phase of the work, the same one for every member: call(i) for the items 0 … n-1, then a barrier. A member has a
+  // share of items that stand side by side, which memory gives faster than items here and there, and takes `chunk` of
+  // them at a time; whoever has done its own helps the others.
+  template <class Call>
+  void each(int member, int phase, int n, int chunk, Call call) {
+    // Between two barriers nobody looks at the counters of the phase that comes next.
+    taken_[(phase + 1) % 2 * size_ + member].items.store(0, std::memory_order_relaxed);
+    for (int other = 0; other < size_; other++) {
+      const int owner = (member + other) % size_;
+      const int begin = n * owner / size_, end = n * (owner + 1) / size_;
+      std::atomic<int>& taken = taken_[phase % 2 * size_ + owner].items;
+      for (int first; (first = begin + taken.fetch_add(chunk, std::memory_order_relaxed)) < end;)
+        for (int i = first; i < std::min(first + chunk, end); i++) call(i);
+    }
+    barrier();
+  }
+
+ private:
+  struct alignas(64) Counter {
+    std::atomic<int> items{0};
+  };
 
   void barrier() {
     if (size_ == 1) return;
@@ -61,14 +83,6 @@ class Team {
       wait_while(epoch_, now, kBarrierLooks);
     }
   }
-
-  // The next `n` items of this counter that nobody has taken: their first number.
-  int take(int counter, int n) { return counters_[counter].next.fetch_add(n, std::memory_order_relaxed); }
-
- private:
-  struct alignas(64) Counter {
-    std::atomic<int> next{0};
-  };
 
   void begin() {
     start_.fetch_add(1, std::memory_order_release);
@@ -91,7 +105,7 @@ class Team {
   const int size_;
   void (*work_)(void*, int) = nullptr;
   void* self_ = nullptr;
-  std::vector<Counter> counters_;
+  std::vector<Counter> taken_;  // of each member's share, in this phase and in the other one
   alignas(64) std::atomic<uint32_t> start_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};
   alignas(64) std::atomic<int> arrived_{0};
