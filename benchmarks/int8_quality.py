@@ -6,8 +6,9 @@ python benchmarks/int8_quality.py [--model MODEL --data DATA] [--minutes 2] [--t
 Without --model the demo preset is trained for --minutes on the embedded corpus (with it, --minutes says for how long it
 was). Planted (tests/hard_weights.py) are a layer norm's channel x 64, value rows x 64, and an offset of 50 in a channel
 of the residual stream: entering by wte, wpe or a bias; as it is, and with the layer norms set to give what they gave
-before, as training would have. `int8` is computed by the kernels, whose activations have 16 bits and keys and values 8;
-`int8_torch` by torch on the same weights; `careless` is plain rounding, a scale a row, of the weights as they stand.
+before, as training would have. `int8` is computed by the kernels, whose activations, keys and values have 8 bits, a few
+activations 16; `int8_torch` by torch on the same weights; `careless` is plain rounding, a scale a row, of the weights
+as they stand.
 kl: mean Kullback-Leibler divergence, nats a token.
 """
 

@@ -77,6 +77,13 @@ struct Run {
 };
 constexpr int kGroup = 4 * kQueries;
 
+// A row that goes into a matmul; its numbers are scale * (bytes + large).
+struct Input {
+  float scale, offset;  // offset: what the head adds to all outputs
+  uint32_t excess;      // what the 128 in the weights add to a sum
+  int n_large;
+};
+
 struct Layer {
   Linear c_attn, attn_proj, c_fc, mlp_proj;  // the layer norms' scale and offset stand in c_attn and c_fc
 };
@@ -95,7 +102,7 @@ struct Network {
 
   std::vector<Layer> layers;
   Linear head, embedding;  // embedding is empty where the head's weights are the embedding too
-  Buffer<int8_t> weights;  // all of them, in the order of the walk
+  Buffer<uint8_t> weights;  // all of them, in the order of the walk
   size_t weight_bytes = 0;
   Buffer<float> position_embedding, final_scale, final_offset;
   Buffer<float> head_column;  // what was taken off every row of the head's weights
@@ -103,8 +110,9 @@ struct Network {
 
   Team team;
   Buffer<float> x, qkv, attended, hidden;         // (rows, stride)
-  Buffer<int16_t> input;                          // (rows or team, wider): what the next matmul reads
-  Buffer<float> input_scale, input_offset;        // (rows or team)
+  Buffer<int8_t> input;                           // (rows or team, wider): what the next matmul reads
+  Buffer<Large> large;                            // (rows or team, wider / 4): and what is beyond its bytes
+  Buffer<Input> inputs;                           // (rows or team)
   Buffer<float> scratch;                          // (team, …): one row, and scores of kQueries
 
   // The step under way.
@@ -120,12 +128,12 @@ struct Network {
         head(width, vocab), position_embedding(context * wide), final_scale(wide), final_offset(wide),
         head_column(wide), slots(n_slots), team(threads), x(kRows * wide), qkv(kRows * triple),
         attended(kRows * wide), hidden(kRows * wider), input(std::max(kRows, threads) * wider),
-        input_scale(std::max(kRows, threads)), input_offset(std::max(kRows, threads)),
+        large(std::max(kRows, threads) * wider / 4), inputs(std::max(kRows, threads)),
         scratch(threads * scratch_size) {
     if (!tied) embedding = Linear(width, vocab);
     for_all([&](Linear& linear) { weight_bytes += rounded(linear.bytes(), 64); });
-    weights = Buffer<int8_t>(weight_bytes, true);
-    int8_t* at = weights.get();
+    weights = Buffer<uint8_t>(weight_bytes, true);
+    uint8_t* at = weights.get();
     for_all([&](Linear& linear) { linear.packed = at, at += rounded(linear.bytes(), 64); });
   }
 
@@ -209,10 +217,9 @@ class Walk {
     const Row& row = net_.rows[r];
     const Linear& table = net_.embedding.in ? net_.embedding : net_.head;
     const float* position = &net_.position_embedding[row.position * net_.wide];
-    const int8_t* at = table.weights(row.id / kPanel) + row.id % kPanel * 2;
     const float scale = table.scales(row.id / kPanel)[row.id % kPanel];
     float* x = &net_.x[r * net_.wide];
-    for (int i = 0; i < net_.width; i++) x[i] = at[i / 2 * kPairBytes + i % 2] * scale + position[i];
+    for (int i = 0; i < net_.width; i++) x[i] = table.weight(row.id, i) * scale + position[i];
     std::fill(x + net_.width, x + net_.wide, 0.f);  // an earlier step's NaN may stand there
   }
 
@@ -237,10 +244,10 @@ class Walk {
     each_input(n_, [&](int r, int to) { round_row(next, &from[r * stride], to); });
   }
 
-  // n numbers (a multiple of 8) as integers within +-limit, eight by eight to give(i, them); the scale that gives them
+  // n numbers (a multiple of 8) as integers within +-127, eight by eight to give(i, them); the scale that gives them
   // back: NaN if one of them is not finite, and then so is all that is computed from them.
   template <class Give>
-  static float round_all(const float* from, int n, int limit, Give give) {
+  static float round_all(const float* from, int n, Give give) {
     F8 most = all(0.f), spoilt = all(0.f);
     for (int i = 0; i < n; i += 8) {
       const F8 v = load<F8>(from + i);
@@ -248,18 +255,42 @@ class Walk {
       spoilt += v * 0.f;
     }
     // Never below the smallest scale whose inverse is finite.
-    const float scale = std::max(largest(most) / limit, 1e-37f) + sum(spoilt);
+    const float scale = std::max(largest(most) / 127, 1e-37f) + sum(spoilt);
     const bool finite = scale < INFINITY;
     const F8 inverse = all(1.f / scale);
     for (int i = 0; i < n; i += 8) give(i, nearest(finite ? load<F8>(from + i) * inverse : all(0.f)));
     return scale;
   }
 
-  // A row as integers of at most next.limit, and their scale.
+  // A row as integers. The grid is as fine as 8 bits allow for all fours of numbers (weight_of_four) but a few: fours
+  // are in 16 groups, group by group round the row, and the three groups with the heaviest are left out. So the others
+  // keep their bits beside an outlying channel or two; a row without any has a handful of large numbers.
   void round_row(const Linear& next, const float* row, int to) {
-    int16_t* out = &net_.input[to * net_.wider];
-    net_.input_scale[to] = round_all(row, int(rounded(next.in, 16)), next.limit,
-                                     [&](int i, I8 v) { store(out + i, __builtin_convertvector(v, S8)); });
+    const int n = int(rounded(next.in, 16));
+    constexpr int kGroups = 8, kLeftOut = 3;  // registers of two groups
+    F8 most[kGroups] = {}, spoilt = all(0.f);
+    for (int i = 0; i < n; i += 8) {
+      const F8 v = load<F8>(row + i);
+      most[i / 8 % kGroups] = larger(most[i / 8 % kGroups], weight_of_four(v));
+      spoilt += v * 0.f;
+    }
+    float largest = 0.f, bound = 0.f;
+    for (int left_out = 0; left_out <= kLeftOut; left_out++) {
+      F8 heaviest = most[0];
+      for (const F8& groups : most) heaviest = larger(heaviest, groups);
+      bound = gpt2::largest(heaviest);
+      if (left_out == 0) largest = bound;
+      for (F8& groups : most) groups = groups < bound ? groups : all(0.f);
+    }
+    Input& input = net_.inputs[to];
+    Split split{&net_.input[to * net_.wider], &net_.large[to * net_.wider / 4]};
+    // Never below the smallest scale whose inverse is finite.
+    input.scale = std::max({bound / 127, largest / next.limit, 1e-37f}) + sum(spoilt);
+    const bool finite = input.scale < INFINITY;
+    const F8 inverse = all(1.f / input.scale);
+    for (int i = 0; i < n; i += 8) split.take(nearest(finite ? load<F8>(row + i) * inverse : all(0.f)), i);
+    input.excess = split.excess();
+    input.n_large = split.n_large;
   }
 
   // Panels taken at a time: kChunk bytes, or less where a team is so large that it would not come out even.
@@ -272,18 +303,21 @@ class Walk {
   template <class Give>
   void matmul(const Linear& w, int n, Give give) {
     const int first_row = single_ ? member_ : 0;
-    const int16_t* input = &net_.input[first_row * net_.wider];
-    const float* input_scale = &net_.input_scale[first_row];
+    const int8_t* bytes = &net_.input[first_row * net_.wider];
+    const Large* large = &net_.large[first_row * net_.wider / 4];
+    const Input* inputs = &net_.inputs[first_row];
     each(w.panels, chunk(w), [&](int p) {
-      int32_t sums[kRows][kPanel];
-      dot_panel(w.weights(p), input, net_.wider, w.pairs, n, sums);
+      uint32_t sums[kRows][kPanel];
+      dot_panel(w.weights(p), bytes, net_.wider, w.octets, n, sums);
       const int o = p * kPanel;
       const F8 scale_low = load<F8>(w.scales(p)), scale_high = load<F8>(w.scales(p) + 8);
       const F8 bias_low = load<F8>(w.biases(p)), bias_high = load<F8>(w.biases(p) + 8);
       for (int r = 0; r < n; r++) {
-        const F8 low = __builtin_convertvector(load<I8>(sums[r]), F8);
-        const F8 high = __builtin_convertvector(load<I8>(sums[r] + 8), F8);
-        const float scale = input_scale[r];
+        const Input& input = inputs[r];
+        dot_large(w.weights(p), large + r * net_.wider / 4, input.n_large, sums[r]);
+        const F8 low = __builtin_convertvector((I8)(load<U8>(sums[r]) - input.excess), F8);
+        const F8 high = __builtin_convertvector((I8)(load<U8>(sums[r] + 8) - input.excess), F8);
+        const float scale = input.scale;
         give(r, o, low * (scale_low * scale) + bias_low, high * (scale_high * scale) + bias_high);
       }
     });
@@ -312,13 +346,13 @@ class Walk {
       const float* k = &net_.qkv[r * net_.triple + net_.width + h * D];
       int8_t* key = past.keys + position / 8 * D * 8 + position % 8;
       std::copy(k, k + D, padded);
-      past.key_scales[position] = round_all(padded, net_.padded_head, 127, [&](int d, I8 v) {
+      past.key_scales[position] = round_all(padded, net_.padded_head, [&](int d, I8 v) {
         for (int i = 0; i < 8 && d + i < D; i++) key[(d + i) * 8] = int8_t(v[i]);
       });
       int8_t* value = past.values + position * net_.padded_head;
       std::copy(k + net_.width, k + net_.width + D, padded);
-      past.value_scales[position] = round_all(padded, net_.padded_head, 127, [&](int d, I8 v) {
-        store(value + d, __builtin_convertvector(v, B8));
+      past.value_scales[position] = round_all(padded, net_.padded_head, [&](int d, I8 v) {
+        store(value + d, narrow(v));
       });
     }
   }
@@ -431,12 +465,12 @@ class Walk {
         total += y * load<F8>(&net_.head_column[c]);
       }
       round_row(net_.head, row, to);
-      net_.input_offset[to] = sum(total);
+      net_.inputs[to].offset = sum(total);
     });
-    const float* offset = &net_.input_offset[single_ ? member_ : 0];
+    const Input* inputs = &net_.inputs[single_ ? member_ : 0];
     matmul(net_.head, n, [&](int i, int o, F8 low, F8 high) {
       float sixteen[kPanel];
-      put(sixteen, low + offset[i], high + offset[i]);
+      put(sixteen, low + inputs[i].offset, high + inputs[i].offset);
       std::copy(sixteen, sixteen + std::min(kPanel, net_.vocab - o), net_.logits + size_t(i) * net_.vocab + o);
     });
   }
@@ -567,20 +601,33 @@ GPT2_API void gpt2_free_slot(Network* net, int slot) { net->slots[slot] = gpt2::
 GPT2_API int gpt2_dot(int n_in, int n_out, int n, const int8_t* weights, const int16_t* rows, int32_t* sums) try {
   const std::vector<float> scale(n_out);
   gpt2::Linear w(n_in, n_out);
-  const gpt2::Buffer<int8_t> packed(w.bytes());
+  const gpt2::Buffer<uint8_t> packed(w.bytes());
   w.packed = packed.get();
   int64_t heaviest = 0;
   for (int p = 0; p < w.panels; p++) heaviest = std::max(heaviest, w.pack(p, weights, scale.data(), nullptr));
   w.set_limit(heaviest);
-  const size_t stride = 2 * size_t(w.pairs);
-  std::vector<int16_t> padded(n * stride);
-  for (int r = 0; r < n; r++) std::copy(rows + size_t(r) * n_in, rows + size_t(r + 1) * n_in, &padded[r * stride]);
-  const gpt2::Buffer<int32_t> room(size_t(n) * gpt2::kPanel);
-  auto tile = reinterpret_cast<int32_t(*)[gpt2::kPanel]>(room.get());
+  const size_t stride = gpt2::rounded(n_in, 8);
+  std::vector<int8_t> bytes(n * stride);
+  std::vector<gpt2::Large> large(n * stride / 4);
+  std::vector<gpt2::Split> splits;
+  for (int r = 0; r < n; r++) {
+    gpt2::Split split{&bytes[r * stride], &large[r * stride / 4]};
+    for (int i = 0; i < n_in; i += 8) {
+      gpt2::I8 eight = {};
+      for (int j = 0; j < 8 && i + j < n_in; j++) eight[j] = rows[size_t(r) * n_in + i + j];
+      split.take(eight, i);
+    }
+    splits.push_back(split);
+  }
+  const gpt2::Buffer<uint32_t> room(size_t(n) * gpt2::kPanel);
+  auto tile = reinterpret_cast<uint32_t(*)[gpt2::kPanel]>(room.get());
   for (int p = 0; p < w.panels; p++) {
-    gpt2::dot_panel(w.weights(p), padded.data(), stride, w.pairs, n, tile);
-    const int o = p * gpt2::kPanel;
-    for (int r = 0; r < n; r++) std::copy_n(tile[r], std::min(gpt2::kPanel, n_out - o), sums + size_t(r) * n_out + o);
+    gpt2::dot_panel(w.weights(p), bytes.data(), stride, w.octets, n, tile);
+    for (int r = 0; r < n; r++) {
+      gpt2::dot_large(w.weights(p), splits[r].large, splits[r].n_large, tile[r]);
+      for (int o = p * gpt2::kPanel; o < std::min(n_out, (p + 1) * gpt2::kPanel); o++)
+        sums[size_t(r) * n_out + o] = int32_t(tile[r][o % gpt2::kPanel] - splits[r].excess());
+    }
   }
   return w.limit;
 } catch (...) {
@@ -598,7 +645,7 @@ GPT2_API int64_t gpt2_read(Network* net) {
       [](void* self, int member) {
         Job& job = *static_cast<Job*>(self);
         const size_t part = job.net.weight_bytes / job.net.team.size() / 256 * 256;
-        const int8_t* at = job.net.weights.get() + member * part;
+        const uint8_t* at = job.net.weights.get() + member * part;
         gpt2::I8 sums[8] = {};
         for (size_t i = 0; i < part; i += 256)
           for (int j = 0; j < 8; j++) sums[j] += gpt2::load<gpt2::I8>(at + i + 32 * j);
@@ -608,19 +655,19 @@ GPT2_API int64_t gpt2_read(Network* net) {
   return job.total;
 }
 
-// For benchmarks: on every member at once, `times` products of one panel of kBlock pairs with kMaxTile rows, all in
+// For benchmarks: on every member at once, `times` products of one panel of kBlock octets with kMaxTile rows, all in
 // L1. This is the limit of many rows. Gives the operations, two a product.
 GPT2_API int64_t gpt2_multiply(Network* net, int times) {
   net->team.run(
       [](void* self, int) {
-        alignas(64) static const int8_t weights[gpt2::kBlock * gpt2::kPairBytes] = {};
-        static const int16_t rows[gpt2::kMaxTile * gpt2::kBlock * 2] = {};
-        int32_t sums[gpt2::kMaxTile][gpt2::kPanel];
+        alignas(64) static const uint8_t weights[gpt2::kBlock * gpt2::kOctetBytes] = {};
+        static const int8_t rows[gpt2::kMaxTile * gpt2::kBlock * 8] = {};
+        uint32_t sums[gpt2::kMaxTile][gpt2::kPanel];
         for (int i = 0; i < *static_cast<int*>(self); i++) {
-          gpt2::dot_panel(weights, rows, gpt2::kBlock * 2, gpt2::kBlock, gpt2::kMaxTile, sums);
+          gpt2::dot_panel(weights, rows, gpt2::kBlock * 8, gpt2::kBlock, gpt2::kMaxTile, sums);
           asm volatile("" : : "r"(sums) : "memory");
         }
       },
       &times);
-  return int64_t(times) * net->team.size() * gpt2::kMaxTile * gpt2::kPanel * gpt2::kBlock * 2 * 2;
+  return int64_t(times) * net->team.size() * gpt2::kMaxTile * gpt2::kPanel * gpt2::kBlock * 8 * 2;
 }

@@ -13,7 +13,7 @@ namespace gpt2 {
 typedef float F8 __attribute__((vector_size(32)));
 typedef int32_t I8 __attribute__((vector_size(32)));
 typedef uint32_t U8 __attribute__((vector_size(32)));
-typedef int16_t S8 __attribute__((vector_size(16)));
+typedef uint64_t L4 __attribute__((vector_size(32)));
 typedef int8_t B8 __attribute__((vector_size(8)));
 
 template <class V>
@@ -28,7 +28,10 @@ inline void store(void* to, V v) {
 }
 inline F8 all(float x) { return F8{x, x, x, x, x, x, x, x}; }
 inline I8 bits(F8 v) { return (I8)v; }
-inline F8 larger(F8 a, F8 b) { return a > b ? a : b; }
+template <class V>
+inline V larger(V a, V b) {
+  return a > b ? a : b;
+}
 inline F8 smaller(F8 a, F8 b) { return a < b ? a : b; }
 inline F8 absolute(F8 v) { return (F8)(bits(v) & 0x7fffffff); }
 inline float sum(F8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
@@ -36,6 +39,31 @@ inline float largest(F8 v) {
   float m = v[0];
   for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m;
   return m;
+}
+
+// The two of each pair of lanes change places.
+template <class V>
+inline V swapped(V v) {
+  return (V)((L4)v << 32 | (L4)v >> 32);
+}
+// The first four lanes and the last four change places.
+template <class V>
+inline V halves_swapped(V v) {
+  const L4 lanes = (L4)v;
+  return (V)L4{lanes[2], lanes[3], lanes[0], lanes[1]};
+}
+inline bool any(I8 mask) {
+  const L4 lanes = (L4)mask;
+  return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
+}
+
+// Eight integers of +-127 as bytes.
+inline B8 narrow(I8 v) {
+#if defined(__AVX2__)  // GCC 12 goes through memory
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  return (B8)_mm_cvtsi128_si64(_mm_packs_epi16(half, half));
+#endif
+  return __builtin_convertvector(v, B8);
 }
 
 // The nearest integer (ties to even) of |v| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
