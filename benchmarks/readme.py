@@ -133,12 +133,19 @@ def decode_rows(report: Report) -> list[Row]:
     return rows
 
 
+def training_rows(report: Report) -> list[Row]:
+    ours, *others = report["results"]
+    told = ", ".join(f"{run['name']} {run['tokens_per_second']:,.0f}" for run in others)
+    what = f"Training step, {report['config']['preset']}, {report['config']['tokens_per_step']:,} tokens in float32"
+    return [(what, f"**{ours['tokens_per_second']:,.0f}** tokens/s; {told}")]
+
+
 def quality_rows(report: Report) -> list[Row]:
     trained, *hard = report["results"]
     return [
         (
             "int8 beside float, by the kernels",
-            f"perplexity {trained['rise_int8']:+.3%} of a trained model, at most "
+            f"perplexity {trained['rise_int8']:+.2%} of a trained model, at most "
             f"{max(run['rise_int8'] for run in hard):+.2%} with planted outliers; "
             f"{trained['greedy_agreement']:.1%} of {report['config']['greedy_tokens']} greedy tokens alike",
         )
@@ -153,12 +160,13 @@ ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
     "saving": saving_rows,
     "two_hosts": hosts_rows,
     "hellaswag": hellaswag_rows,
+    "train_cpu": training_rows,
     "decode_cpu": decode_rows,
     "int8_quality": quality_rows,
 }
 
 
-SCRIPTS = {"crash_compiled": "crash", "decode_cpu": "decode"}  # where it is not the name of the JSON
+SCRIPTS = {"crash_compiled": "crash", "train_cpu": "training", "decode_cpu": "decode"}  # where it is not the name of the JSON
 
 
 def table(results: Path) -> str:
