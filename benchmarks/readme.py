@@ -166,7 +166,8 @@ ROWS: Mapping[str, Callable[[Report], list[Row]]] = {
 }
 
 
-SCRIPTS = {"crash_compiled": "crash", "train_cpu": "training", "decode_cpu": "decode"}  # where it is not the name of the JSON
+# Where it is not the name of the JSON.
+SCRIPTS = {"crash_compiled": "crash", "train_cpu": "training", "decode_cpu": "decode"}
 
 
 def table(results: Path) -> str:
